@@ -1,0 +1,113 @@
+"""What a checkpoint records beside the weights: `autoregembed.json`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+QUERY_INSTRUCTION = "Find documents that can answer this question."
+"""I_next: what follows the text (paper, section 3.3)."""
+
+DOCUMENT_INSTRUCTION = "Find sentences that are semantically similar to this text."
+"""I_self: the text again (paper, section 3.3)."""
+
+Pooling = Literal["flatten", "mean"]
+
+CONFIG_NAME = "autoregembed.json"
+FORMAT_VERSION = 1
+
+# The file comes from outside: a number in quotes or a missing instruction must not become part of a prompt.
+_KINDS = {
+    "num_compressed_tokens": int,
+    "max_length": int,
+    "query_instruction": str,
+    "document_instruction": str,
+}
+
+
+@dataclass(frozen=True)
+class AutoRegConfig:
+    """How texts become embeddings.
+
+    Attributes:
+        num_compressed_tokens: k, the number of `<EMBEDi>` tokens and of vectors per text.
+        max_length: tokens of a whole prompt; longer texts are cut, never the instruction.
+        pooling: "flatten" concatenates the k vectors, "mean" averages them (the paper's evaluation).
+        query_instruction: I_next, appended to queries.
+        document_instruction: I_self, appended to documents.
+        decoder: the frozen base LM: a hub id, or a folder, relative to the checkpoint's own; None: unknown.
+    """
+
+    num_compressed_tokens: int = 5
+    max_length: int = 512
+    pooling: Pooling = "flatten"
+    query_instruction: str = QUERY_INSTRUCTION
+    document_instruction: str = DOCUMENT_INSTRUCTION
+    decoder: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, kind in _KINDS.items():
+            if type(value := getattr(self, name)) is not kind:
+                raise TypeError(f"{name} must be {kind.__name__}, not {type(value).__name__} {value!r}")
+        if self.num_compressed_tokens < 1:
+            raise ValueError(f"num_compressed_tokens must be at least 1, not {self.num_compressed_tokens}")
+        if self.pooling not in get_args(Pooling):
+            raise ValueError(f"pooling must be one of {', '.join(get_args(Pooling))}, not {self.pooling!r}")
+        if self.max_length <= self.num_compressed_tokens:
+            raise ValueError(
+                f"max_length={self.max_length} leaves no room for text beside "
+                f"{self.num_compressed_tokens} compressed tokens"
+            )
+
+    def save(self, folder: str | Path) -> None:
+        """Write `autoregembed.json` into `folder`."""
+        record = {"format_version": FORMAT_VERSION, **asdict(self)}
+        Path(folder, CONFIG_NAME).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, file: str | Path) -> AutoRegConfig:
+        """Read an `autoregembed.json`; ValueError names an unknown format or field."""
+        try:
+            record: dict[str, Any] = dict(json.loads(Path(file).read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{file} is not a JSON object of settings: {error}") from error
+        version = record.pop("format_version", None)
+        if version != FORMAT_VERSION:
+            raise ValueError(
+                f"{file} has format_version {version!r}; this release of autoregembed-rag reads "
+                f"{FORMAT_VERSION}: upgrade the package or save the checkpoint again"
+            )
+        known = {field.name for field in fields(cls)}
+        if unknown := sorted(record.keys() - known):
+            raise ValueError(f"{file} has unknown fields {unknown}; known are {sorted(known)}")
+        return cls(**record)
+
+    def relative_to(self, folder: Path) -> AutoRegConfig:
+        """With a decoder inside `folder` named relative to it, so that the folder can move."""
+        if self.decoder is None or not Path(self.decoder).is_relative_to(folder.resolve()):
+            return self
+        return replace(self, decoder=Path(self.decoder).relative_to(folder.resolve()).as_posix())
+
+
+def recorded_config(folder: Path, vocabulary: Mapping[str, int]) -> AutoRegConfig:
+    """What the checkpoint in `folder` records, a decoder inside it by its full path.
+
+    Without an `autoregembed.json` (the paper's own checkpoints): the defaults, and k by the `<EMBEDi>` in the
+    vocabulary; ValueError if there are none.
+    """
+    file = folder / CONFIG_NAME
+    if file.exists():
+        config = AutoRegConfig.load(file)
+        if config.decoder is not None and (folder / config.decoder).is_dir():
+            config = replace(config, decoder=str((folder / config.decoder).resolve()))
+        return config
+    k = next(i for i in range(len(vocabulary) + 1) if f"<EMBED{i}>" not in vocabulary)
+    if k == 0:
+        raise ValueError(
+            f"{folder} is not an AutoRegEmbed checkpoint: it has neither {CONFIG_NAME} nor <EMBEDi> tokens. "
+            "To start from a plain language model use AutoRegEncoder.from_base(...) and train it"
+        )
+    return AutoRegConfig(num_compressed_tokens=k)

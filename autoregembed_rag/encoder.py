@@ -1,0 +1,406 @@
+"""AutoRegEncoder: texts -> compressed vectors -> embeddings."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from torch import Tensor
+from tqdm import tqdm
+from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from .config import CONFIG_NAME, AutoRegConfig, Pooling, recorded_config
+from .loading import (
+    WEIGHTS,
+    add_rows,
+    check_causal,
+    embedding_table,
+    load_model,
+    model_arguments,
+    resolve_folder,
+)
+from .prompt import PromptBuilder, check_texts, embed_tokens, pad_right
+
+logger = logging.getLogger(__name__)
+
+# Texts tokenised and sorted by length at once: enough to fill batches evenly, small against any corpus.
+CHUNK = 2048
+BATCH_SIZE = 32
+PROBE = "Fingerprint probe: Ünïcode, 12345 numbers,\n\ttabs and  spaces; don't they differ? <EMBED0> 你好 🙂"
+
+
+def compressed_states(model: PreTrainedModel, ids: Tensor, lengths: Tensor, k: int) -> Tensor:
+    """e_c of right-padded prompts: the last hidden states at their final k tokens, [n, k, hidden].
+
+    The one forward pass of the encoder, for training and inference.
+    """
+    hidden: Tensor = model(input_ids=ids, use_cache=False).last_hidden_state
+    columns = lengths[:, None] - k + torch.arange(k, device=ids.device)
+    return hidden[torch.arange(len(ids), device=ids.device)[:, None], columns]
+
+
+def pool(compressed: Tensor, pooling: Pooling) -> Tensor:
+    """[n, k, hidden] -> unit rows in float32: [n, k * hidden] for "flatten", [n, hidden] for "mean".
+
+    Flattened, each vector has length 1 / sqrt(k): an inner product is the mean of the k cosines.
+    """
+    vectors = compressed.float()
+    if pooling == "mean":
+        return F.normalize(vectors.mean(dim=1), dim=-1)
+    flat = F.normalize(vectors, dim=-1).flatten(1)
+    return flat / math.sqrt(vectors.shape[1])
+
+
+class AutoRegEncoder:
+    """Embeds queries under I_next and documents under I_self with a causal language model.
+
+    Make one with `from_pretrained` or `from_base`. Thread-safe; pickles by the folder it came from.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        config: AutoRegConfig,
+        *,
+        num_tokens: int | None = None,
+        source: Path | None = None,
+        load_arguments: dict[str, Any] | None = None,
+    ) -> None:
+        """Wrap a body (no language-model head) and its tokenizer.
+
+        Args:
+            model: the causal body, in eval mode.
+            tokenizer: holds `<EMBED0>` ... `<EMBEDk-1>`.
+            config: what the checkpoint records.
+            num_tokens: keep only the first so many of the k vectors (flatten pooling only).
+            source: the folder the weights came from, while they are unchanged.
+            load_arguments: keywords with which `from_pretrained(source)` makes this encoder again.
+        """
+        longest = getattr(model.config, "max_position_embeddings", None)
+        if longest is not None and config.max_length > longest:
+            raise ValueError(
+                f"max_length={config.max_length} exceeds the {longest} positions of the model; lower max_length"
+            )
+        k = config.num_compressed_tokens
+        self.num_tokens = k if num_tokens is None else num_tokens
+        if not 1 <= self.num_tokens <= k:
+            raise ValueError(f"num_tokens must be between 1 and {k}, not {num_tokens}")
+        if self.num_tokens < k and config.pooling == "mean":
+            raise ValueError(
+                f'num_tokens={num_tokens} cannot truncate pooling="mean", which mixes all {k} vectors: '
+                'use pooling="flatten"'
+            )
+        self.model = model
+        self.tokenizer = tokenizer
+        self.config = config
+        self.prompts = PromptBuilder(tokenizer, k, config.max_length)
+        _ = self.max_text_tokens  # raises now, not at the first text, if an instruction fills the prompt
+        check_causal(model)
+        self._source = source
+        self._load_arguments = load_arguments or {}
+        self._fingerprint: str | None = None
+        self._pid = os.getpid()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | Path = "mini",
+        *,
+        device: str | torch.device = "auto",
+        dtype: str | torch.dtype = "auto",
+        attn_implementation: str = "auto",
+        pooling: Pooling | None = None,
+        num_tokens: int | None = None,
+        query_instruction: str | None = None,
+        document_instruction: str | None = None,
+        max_length: int | None = None,
+        trust_remote_code: bool = False,
+    ) -> AutoRegEncoder:
+        """Load a trained checkpoint.
+
+        Args:
+            model: a bundled name ("mini"), a folder, or a hub id. A folder without `autoregembed.json`, such as
+                the paper's own checkpoints, is taken with the default settings if its tokenizer holds `<EMBEDi>`.
+            device: "auto" is CUDA, then MPS, then the CPU.
+            dtype: "auto" is bfloat16 where the hardware computes in it, else float32.
+            attn_implementation: "auto" is FlashAttention 2 on CUDA where installed, else sdpa.
+            pooling, query_instruction, document_instruction, max_length: None is what the checkpoint records.
+            num_tokens: use only the first so many compressed vectors; None is all.
+            trust_remote_code: run Python code that comes with the model; off unless you ask.
+
+        Raises:
+            FileNotFoundError: nothing can be loaded under that name; the message lists what would work.
+            ValueError: not an AutoRegEmbed checkpoint, or a setting that does not fit it.
+        """
+        changes = {
+            "pooling": pooling,
+            "query_instruction": query_instruction,
+            "document_instruction": document_instruction,
+            "max_length": max_length,
+        }
+        changes = {name: value for name, value in changes.items() if value is not None}
+        folder = resolve_folder(model)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        config = replace(recorded_config(folder, tokenizer.get_vocab()), **changes)  # type: ignore[arg-type]
+        place, arguments = model_arguments(device, dtype, attn_implementation, trust_remote_code)
+        body = load_model(AutoModel, folder, arguments)
+        return cls(
+            body.to(place),  # type: ignore[arg-type]
+            tokenizer,
+            config,
+            num_tokens=num_tokens,
+            source=folder,
+            load_arguments={
+                **changes,
+                "device": str(device),
+                "dtype": dtype,
+                "attn_implementation": attn_implementation,
+                "num_tokens": num_tokens,
+                "trust_remote_code": trust_remote_code,
+            },
+        )
+
+    @classmethod
+    def from_base(
+        cls,
+        base: str | Path,
+        num_compressed_tokens: int = 5,
+        *,
+        device: str | torch.device = "auto",
+        dtype: str | torch.dtype = "auto",
+        attn_implementation: str = "auto",
+        max_length: int = 512,
+        trust_remote_code: bool = False,
+    ) -> AutoRegEncoder:
+        """An untrained encoder from a base language model: its body plus k new tokens `<EMBEDi>`.
+
+        The new rows start at the mean of the embedding table, each moved a little in a direction of its own
+        (fixed seed), so that they differ and are at a scale that the model knows. `base` becomes the decoder.
+        """
+        folder = resolve_folder(base)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        names = embed_tokens(num_compressed_tokens)
+        tokenizer.add_special_tokens({"additional_special_tokens": names}, False)  # beside, not instead of
+        place, arguments = model_arguments(device, dtype, attn_implementation, trust_remote_code)
+        body = load_model(AutoModel, folder, arguments)
+        ids = [tokenizer.get_vocab()[name] for name in names]
+        add_rows(body, ids, known=len(tokenizer) - len(ids))
+        decoder = str(folder.resolve()) if Path(base).is_dir() else str(base)
+        longest = getattr(body.config, "max_position_embeddings", None) or max_length
+        config = AutoRegConfig(
+            num_compressed_tokens=num_compressed_tokens, max_length=min(max_length, longest), decoder=decoder
+        )
+        return cls(body.to(place), tokenizer, config)  # type: ignore[arg-type]
+
+    @property
+    def hidden_size(self) -> int:
+        """Dimensions of one compressed vector."""
+        return embedding_table(self.model).shape[1]
+
+    @property
+    def num_compressed_tokens(self) -> int:
+        """k, the number of compressed tokens in a prompt."""
+        return self.config.num_compressed_tokens
+
+    @property
+    def dimension(self) -> int:
+        """Dimensions of one embedding: `num_tokens * hidden_size` flattened, `hidden_size` for the mean."""
+        return self.hidden_size * (1 if self.config.pooling == "mean" else self.num_tokens)
+
+    @property
+    def max_text_tokens(self) -> int:
+        """Tokens of text that fit under either instruction; longer texts are cut."""
+        return min(self.prompts.max_text_tokens(self._instruction(name)) for name in ("next", "self"))
+
+    @overload
+    def count_tokens(self, texts: str) -> int: ...  # type: ignore[overload-overlap]
+    @overload
+    def count_tokens(self, texts: Sequence[str]) -> list[int]: ...
+    def count_tokens(self, texts: str | Sequence[str]) -> int | list[int]:
+        """Tokens of a text, or of each of several: a `length_function` for text splitters."""
+        if isinstance(texts, str):
+            return self.prompts.count_tokens([texts])[0]
+        return self.prompts.count_tokens(check_texts(texts))
+
+    @property
+    def fingerprint(self) -> str:
+        """Names everything that decides an embedding's meaning: weights, tokenizer, instructions, k, pooling,
+        max_length. Not the device, dtype or attention it runs with, nor `num_tokens`, which only truncates."""
+        if self._fingerprint is None:
+            digest = hashlib.sha256()
+            for name, tensor in self._stored_weights():
+                digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+                digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+            settings = {
+                "vocabulary": sorted(self.tokenizer.get_vocab().items()),
+                "probe": self.prompts.build([PROBE], self.config.query_instruction).ids
+                + self.prompts.build([PROBE], self.config.document_instruction).ids,
+                "pooling": self.config.pooling,
+                "max_length": self.config.max_length,
+                "query_instruction": self.config.query_instruction,
+                "document_instruction": self.config.document_instruction,
+            }
+            digest.update(json.dumps(settings, sort_keys=True).encode())
+            self._fingerprint = digest.hexdigest()[:16]
+        return self._fingerprint
+
+    def _stored_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The weights as saved, not as rounded to the dtype they run in; those in memory if never saved."""
+        if self._source is None:
+            yield from sorted((name, tensor.cpu()) for name, tensor in self.model.state_dict().items())
+            return
+        with ExitStack() as stack:
+            shards = [stack.enter_context(safe_open(f, framework="pt")) for f in self._source.glob(WEIGHTS)]
+            homes = {name: shard for shard in shards for name in shard.keys()}  # noqa: SIM118
+            for name in sorted(homes):  # however the weights are spread over files
+                yield name, homes[name].get_tensor(name)
+
+    def trainable(self) -> PreTrainedModel:
+        """The body, whose weights the caller is about to change: from here on the fingerprint is taken from
+        memory, and the encoder no longer pickles until it is saved and loaded again."""
+        self._source = None
+        self._fingerprint = None
+        return self.model
+
+    def encode_queries(
+        self, texts: Sequence[str], *, batch_size: int | None = None, show_progress: bool = False
+    ) -> np.ndarray:
+        """Embeddings of queries, under I_next: float32 [n, dimension], unit rows, in input order."""
+        return self.encode(texts, "next", batch_size=batch_size, show_progress=show_progress)
+
+    def encode_documents(
+        self, texts: Sequence[str], *, batch_size: int | None = None, show_progress: bool = False
+    ) -> np.ndarray:
+        """Embeddings of documents, under I_self: float32 [n, dimension], unit rows, in input order."""
+        return self.encode(texts, "self", batch_size=batch_size, show_progress=show_progress)
+
+    def encode(
+        self,
+        texts: Sequence[str],
+        instruction: str = "self",
+        *,
+        batch_size: int | None = None,
+        show_progress: bool = False,
+    ) -> np.ndarray:
+        """Embeddings under an instruction.
+
+        Args:
+            texts: any valid or broken Unicode; special tokens in it are plain characters.
+            instruction: "next" (I_next), "self" (I_self) or an instruction in words.
+            batch_size: texts per forward pass, by default 32.
+            show_progress: draw a bar.
+
+        Returns:
+            float32 [n, dimension], unit rows, in input order; [0, dimension] for no texts.
+
+        Raises:
+            TypeError: a text is not str; index and type are named.
+        """
+        texts = check_texts(texts)
+        out = np.empty((len(texts), self.dimension), dtype=np.float32)
+        for rows, vectors in self._batches(texts, instruction, batch_size, show_progress):
+            out[rows] = pool(vectors[:, : self.num_tokens], self.config.pooling).cpu().numpy()
+        return out
+
+    def compress(
+        self,
+        texts: Sequence[str],
+        instruction: str = "self",
+        *,
+        batch_size: int | None = None,
+        show_progress: bool = False,
+    ) -> np.ndarray:
+        """The raw compressed vectors e_c, what the decoder reads: float32 [n, k, hidden], in input order."""
+        texts = check_texts(texts)
+        out = np.empty((len(texts), self.num_compressed_tokens, self.hidden_size), dtype=np.float32)
+        for rows, vectors in self._batches(texts, instruction, batch_size, show_progress):
+            out[rows] = vectors.float().cpu().numpy()
+        return out
+
+    def _batches(
+        self, texts: list[str], instruction: str, batch_size: int | None, show_progress: bool
+    ) -> Iterator[tuple[list[int], Tensor]]:
+        """(positions in `texts`, compressed vectors on the device), batched by length."""
+        size = BATCH_SIZE if batch_size is None else batch_size
+        if size < 1:
+            raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+        if os.getpid() != self._pid:
+            raise RuntimeError(
+                "this encoder was made before a fork, and PyTorch's threads do not survive one: make the encoder "
+                "inside the child process, or start processes with multiprocessing's 'spawn' method"
+            )
+        words = self._instruction(instruction)
+        num_cut = 0
+        with tqdm(total=len(texts), desc="encode", unit="text", disable=not show_progress) as progress:
+            for start in range(0, len(texts), CHUNK):
+                prompts = self.prompts.build(texts[start : start + CHUNK], words)
+                num_cut += prompts.num_cut
+                order = sorted(range(len(prompts.ids)), key=lambda i: len(prompts.ids[i]), reverse=True)
+                for batch in (order[i : i + size] for i in range(0, len(order), size)):
+                    yield [start + i for i in batch], self._forward([prompts.ids[i] for i in batch])
+                    progress.update(len(batch))
+        if num_cut:
+            logger.warning(
+                "%d of %d texts were cut to %d tokens: split long texts, or raise max_length",
+                num_cut,
+                len(texts),
+                self.prompts.max_text_tokens(words),
+            )
+
+    @torch.inference_mode()
+    def _forward(self, rows: list[list[int]]) -> Tensor:
+        ids, lengths = (tensor.to(self.model.device) for tensor in pad_right(rows))
+        return compressed_states(self.model, ids, lengths, self.num_compressed_tokens)
+
+    def _instruction(self, name: str) -> str:
+        if not isinstance(name, str):
+            raise TypeError(f"instruction must be 'next', 'self' or words, not {type(name).__name__}")
+        known = {"next": self.config.query_instruction, "self": self.config.document_instruction}
+        return known.get(name, name)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write a Hugging Face model folder plus `autoregembed.json`; each file appears whole or not at all."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as beside:
+            self.model.save_pretrained(beside)
+            self.tokenizer.save_pretrained(beside)
+            self.config.relative_to(folder).save(beside)
+            written = sorted(Path(beside).iterdir(), key=lambda file: file.name == CONFIG_NAME)
+            for file in written:
+                file.replace(folder / file.name)
+        # Weights that an earlier save spread over other files would be read before, or hashed with, these.
+        for stale in {*folder.glob(f"{WEIGHTS}*")} - {folder / file.name for file in written}:
+            stale.unlink()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self._source is None:
+            raise TypeError(
+                "an encoder that was never saved cannot be pickled: save_pretrained(folder) and load it from there"
+            )
+        return _reopen, (str(self._source), self._load_arguments)
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}({str(self._source) if self._source else 'unsaved'!r}, "
+            f"dimension={self.dimension}, k={self.num_compressed_tokens}, pooling={self.config.pooling!r}, "
+            f"device={str(self.model.device)!r}, dtype={str(self.model.dtype)!r})"
+        )
+
+
+def _reopen(source: str, arguments: dict[str, Any]) -> AutoRegEncoder:
+    return AutoRegEncoder.from_pretrained(source, **arguments)

@@ -1,0 +1,171 @@
+"""Text, instruction and compressed tokens -> token ids: the only place, for training and inference alike.
+
+    <bos> text \\n instruction \\n <EMBED0> ... <EMBEDk-1>
+
+Text and instruction are tokenised apart and joined as ids. User text goes through a private copy of the
+tokenizer that never parses special tokens: setting `split_special_tokens` on a call would change the shared
+tokenizer under other threads' feet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from tokenizers import AddedToken, Tokenizer
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+# A text's first tokens do not depend on its distant end, so a long text is tokenised from its start only: so
+# many characters for each token wanted. Where that gives too few tokens, the whole text is tokenised.
+CHARACTERS_PER_TOKEN = 32
+# The last tokens of a start cut off mid-word may differ from the whole text's: so many more are asked for.
+MARGIN = 16
+
+
+def embed_tokens(k: int) -> list[str]:
+    """The names of the compressed tokens: `<EMBED0>` ... `<EMBEDk-1>`."""
+    return [f"<EMBED{i}>" for i in range(k)]
+
+
+def check_texts(texts: Sequence[str], argument: str = "texts") -> list[str]:
+    """`texts` as a list of str; TypeError names the index and type of what is not one."""
+    if isinstance(texts, str):
+        raise TypeError(f"{argument} must be a sequence of texts, not one str: pass [text]")
+    checked = list(texts)
+    for index, text in enumerate(checked):
+        if not isinstance(text, str):
+            raise TypeError(f"{argument}[{index}] must be str, not {type(text).__name__}")
+    return checked
+
+
+class TextTokenizer:
+    """A private copy of a tokenizer for text that nobody vouches for: `</s>` in it is four characters."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, control_tokens: Sequence[str] = ()) -> None:
+        """Copy `tokenizer`; its own special tokens and `control_tokens` are special here even if the tokenizer
+        holds them as ordinary added ones."""
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if not isinstance(backend, Tokenizer):
+            raise ValueError(
+                f"{type(tokenizer).__name__} has no `tokenizers` backend: load the model's fast tokenizer "
+                "(a tokenizer.json beside the weights)"
+            )
+        self._backend = Tokenizer.from_str(backend.to_str())
+        self._backend.add_special_tokens(
+            [
+                AddedToken(token, special=True, normalized=False)
+                for token in (*tokenizer.all_special_tokens, *control_tokens)
+            ]
+        )
+        self._backend.encode_special_tokens = True
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self._spelled = self._spell_special(tokenizer.unk_token_id)
+
+    def encode(self, texts: Sequence[str], limit: int | None = None) -> list[list[int]]:
+        """Token ids of each text, at most `limit + 1` of them: one more than `limit` says it was longer."""
+        if limit is None:
+            return self._encode(texts)
+        enough = limit + MARGIN
+        head = CHARACTERS_PER_TOKEN * enough
+        rows = self._encode([text[:head] for text in texts])
+        short = [i for i, text in enumerate(texts) if len(text) > head and len(rows[i]) < enough]
+        for i, row in zip(short, self._encode([texts[i] for i in short]), strict=True):
+            rows[i] = row
+        return [row[: limit + 1] for row in rows]
+
+    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
+        encoded = self._backend.encode_batch_fast([_valid(text) for text in texts], add_special_tokens=False)
+        return [self._without_special(row.ids) for row in encoded]
+
+    def _without_special(self, ids: list[int]) -> list[int]:
+        if self._spelled.keys().isdisjoint(ids):
+            return ids
+        return [piece for token in ids for piece in self._spelled.get(token, [token])]
+
+    def _spell_special(self, unknown: int | None) -> dict[int, list[int]]:
+        """Special token ids -> the ids of their characters: a Unigram model knows `</s>` as one of its pieces,
+        and finds it in text. The unknown token is left alone: it means what it says."""
+        special = {i: t.content for i, t in self._backend.get_added_tokens_decoder().items() if t.special}
+        special.pop(-1 if unknown is None else unknown, None)
+        spelled = {}
+        for token, name in special.items():
+            pieces = [piece.id for character in name for piece in self._backend.model.tokenize(character)]
+            # A token of one character cannot be spelled in others.
+            if pieces and special.keys().isdisjoint(pieces):
+                spelled[token] = pieces
+        return spelled
+
+
+def _valid(text: str) -> str:
+    """`text` with lone surrogates, which UTF-8 cannot carry, replaced by U+FFFD."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+def pad_right(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Token ids [n, longest], padded on the right with 0, and the lengths [n].
+
+    Causal attention never looks to the right, so no mask is needed and the padding token is of no account.
+    """
+    lengths = torch.tensor([len(row) for row in rows])
+    ids = torch.zeros(len(rows), int(lengths.max()), dtype=torch.long)
+    for target, row in zip(ids, rows, strict=True):
+        target[: len(row)] = torch.tensor(row)
+    return ids, lengths
+
+
+class Prompts(NamedTuple):
+    """A batch of prompts: token ids per row, and how many texts had to be cut to fit."""
+
+    ids: list[list[int]]
+    num_cut: int
+
+
+class PromptBuilder:
+    """Builds prompts of at most `max_length` tokens for one tokenizer with its k compressed tokens."""
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, num_compressed_tokens: int, max_length: int
+    ) -> None:
+        names = embed_tokens(num_compressed_tokens)
+        vocabulary = tokenizer.get_vocab()
+        if missing := [name for name in names if name not in vocabulary]:
+            raise ValueError(
+                f"the tokenizer lacks the compressed tokens {', '.join(missing)}: "
+                "add them with AutoRegEncoder.from_base(base, num_compressed_tokens=k)"
+            )
+        self._text = TextTokenizer(tokenizer, control_tokens=names)
+        self._prefix = [] if tokenizer.bos_token_id is None else [int(tokenizer.bos_token_id)]
+        self._compressed = [vocabulary[name] for name in names]
+        self._max_length = max_length
+
+    def max_text_tokens(self, instruction: str) -> int:
+        """Tokens of text that fit beside `instruction`; ValueError if none do."""
+        room = self._max_length - len(self._prefix) - len(self._suffix(instruction))
+        if room < 1:
+            raise ValueError(
+                f"the instruction leaves no room for text within max_length={self._max_length}: "
+                "shorten it or raise max_length"
+            )
+        return room
+
+    def count_tokens(self, texts: Sequence[str]) -> list[int]:
+        """Tokens of each text alone, uncut."""
+        return [len(row) for row in self._text.encode(texts)]
+
+    def build(self, texts: Sequence[str], instruction: str) -> Prompts:
+        """Prompts for `texts` under `instruction`; the last k ids of every row are the compressed tokens."""
+        suffix = self._suffix(instruction)
+        room = self.max_text_tokens(instruction)
+        rows = self._text.encode(texts, limit=room)
+        ids = [self._prefix + row[:room] + suffix for row in rows]
+        return Prompts(ids, sum(len(row) > room for row in rows))
+
+    def _suffix(self, instruction: str) -> list[int]:
+        return self._text.encode([f"\n{instruction}\n"])[0] + self._compressed
