@@ -1,0 +1,70 @@
+"""What an index is made for, and whether vectors fit it."""
+
+import operator
+from typing import NamedTuple
+
+from autoregembed_indexes.errors import IndexMismatchError
+
+FACTORIES = ("auto", "flat")
+
+
+class State(NamedTuple):
+    """The settings of an index, and the version that its last change and its last deletion gave it."""
+
+    factory: str
+    dimension: int | None
+    tokens: int | None
+    encoder: str | None
+    version: int = 0
+    deleted: int = 0
+
+
+def new_state(factory: str, dimension: int | None, tokens: int | None, encoder: str | None) -> State:
+    """Check the settings of an index to be made."""
+    if factory not in FACTORIES:
+        raise ValueError(
+            f"factory {factory!r} is not supported; use one of {', '.join(map(repr, FACTORIES))}"
+        )
+    if encoder is not None and not isinstance(encoder, str):
+        raise TypeError(f"encoder must be a fingerprint (str) or None, got {type(encoder).__name__}")
+    state = State(factory, _at_least_one("dimension", dimension), _at_least_one("tokens", tokens), encoder)
+    if state.dimension is not None and state.tokens is not None and state.dimension % state.tokens:
+        raise ValueError(f"dimension {dimension} is not made of {tokens} tokens of equal width")
+    return state
+
+
+def _at_least_one(name: str, value: int | None) -> int | None:
+    if value is None:
+        return None
+    size = operator.index(value)
+    if size < 1:
+        raise ValueError(f"{name} must be at least 1, got {size}")
+    return size
+
+
+def check_opened(name: str, state: State, dimension: int | None, encoder: str | None) -> None:
+    """Raise IndexMismatchError unless the index holds what is expected; None on a side is not compared."""
+    if encoder is not None and state.encoder is not None and encoder != state.encoder:
+        raise IndexMismatchError(
+            f"{name} holds vectors of encoder {state.encoder}, not of encoder {encoder}; use the encoder "
+            "it was made with, or make a new index"
+        )
+    if dimension is not None and state.dimension is not None and dimension != state.dimension:
+        raise IndexMismatchError(f"{name} holds vectors of dimension {state.dimension}, not {dimension}")
+
+
+def check_added(width: int, state: State) -> None:
+    """Raise unless vectors of dimension `width` can be added."""
+    if state.dimension is None:
+        new_state(state.factory, width, state.tokens, state.encoder)
+    elif width != state.dimension:
+        raise IndexMismatchError(f"vectors have dimension {width}, the index has dimension {state.dimension}")
+
+
+def check_query(width: int, dimension: int, tokens: int | None) -> None:
+    """Raise IndexMismatchError unless queries of dimension `width` can be compared with stored vectors."""
+    token_width = dimension // tokens if tokens else dimension
+    if width == dimension or (0 < width < dimension and width % token_width == 0):
+        return
+    remedy = f", or a smaller multiple of {token_width}" if tokens else ""
+    raise IndexMismatchError(f"query vectors have dimension {width}, the index needs {dimension}{remedy}")

@@ -1,0 +1,68 @@
+"""Arrays in, unit vectors out: what is stored (float16) and what is compared (float32)."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Float16 = NDArray[np.float16]
+Float32 = NDArray[np.float32]
+
+CHUNK_BYTES = 16 * 2**20
+
+
+def as_matrix(vectors: ArrayLike, name: str) -> NDArray[np.generic]:
+    """View `vectors` as a numeric array [n, d]; an empty list is [0, 0]."""
+    array = np.asarray(vectors)
+    if array.shape == (0,):
+        return array.astype(np.float32).reshape(0, 0)
+    if array.dtype.kind not in "fiu":
+        raise TypeError(f"{name} must be an array of floats [n, dimension], got dtype {array.dtype}")
+    if array.ndim != 2:
+        raise ValueError(f"{name} must have the shape [n, dimension], got {list(array.shape)}")
+    return array
+
+
+def normalise(matrix: NDArray[np.generic], names: Sequence[object]) -> Float32:
+    """Scale the rows of `matrix` [n, d] to unit length, in float32.
+
+    `names` says how an error calls each row. Raises ValueError for NaN, infinity or a row of zeros.
+    """
+    # The largest entry is divided out before squaring, so that no finite row over- or underflows.
+    wide = matrix if matrix.dtype == np.float64 else matrix.astype(np.float32)
+    largest = np.abs(wide).max(axis=1, keepdims=True, initial=0)
+    bad = ~(np.isfinite(largest) & (largest > 0))[:, 0]
+    if bad.any():
+        position = int(bad.argmax())
+        what = (
+            "is all zeros, which has no direction" if largest[position, 0] == 0 else "holds NaN or infinity"
+        )
+        raise ValueError(f"{names[position]} {what}")
+    scaled: Float32 = (wide / largest).astype(np.float32)
+    scaled /= np.linalg.norm(scaled, axis=1, keepdims=True)
+    return scaled
+
+
+def round_for_storage(matrix: NDArray[np.generic], ids: Sequence[str]) -> Float16:
+    """Unit rows rounded to float16, a chunk at a time so that memory stays near the result's own size."""
+    rounded = np.empty(matrix.shape, dtype=np.float16)
+    step = max(1, CHUNK_BYTES // (4 * max(1, matrix.shape[1])))
+    for start in range(0, len(matrix), step):
+        part = slice(start, start + step)
+        names = [f"vectors[{position}] (id {doc_id!r})" for position, doc_id in enumerate(ids[part], start)]
+        rounded[part] = normalise(matrix[part], names)
+    return rounded
+
+
+def stored_to_unit(stored: Float16, width: int) -> Float32:
+    """Scale the first `width` entries of stored rows [n, d] to unit length, in float32; zeros stay zeros.
+
+    Raises ValueError for NaN or infinity.
+    """
+    unit = stored[:, :width].astype(np.float32)
+    norms = np.linalg.norm(unit, axis=1, keepdims=True)
+    if not np.isfinite(norms).all():
+        raise ValueError("a stored vector holds NaN or infinity")
+    norms[norms == 0] = 1
+    unit /= norms
+    return unit
