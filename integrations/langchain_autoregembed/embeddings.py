@@ -1,0 +1,142 @@
+"""AutoRegEmbeddings: queries and documents embedded under their own instructions, for LangChain."""
+
+# ruff: noqa: ANN401  (the framework's own signatures say Any)
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from langchain_core.embeddings import Embeddings
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from autoregembed_rag import AutoRegEncoder
+
+
+class AutoRegEmbeddings(BaseModel, Embeddings):
+    """Embed queries under I_next ("what answers this?") and documents under I_self ("say this again").
+
+    The same text has two vectors, one as a query and one as a document. LangChain's
+    `CacheBackedEmbeddings` knows only the text, so `query_embedding_cache=True` returns a document's
+    vector for a query. Leave it False (the default), or give queries a store of their own, and let the
+    fingerprint keep encoders apart:
+
+        CacheBackedEmbeddings.from_bytes_store(
+            embeddings, document_store, namespace=embeddings.fingerprint, query_embedding_cache=query_store
+        )
+
+    Nothing here keeps vectors between calls. The async methods run in a thread.
+
+    Raises:
+        ImportError: PyTorch or transformers is missing.
+        TypeError: `model` is neither a name, a folder, nor an encoder; a text is not a string.
+        ValueError: an option is unknown, or given beside a ready encoder (pydantic's ValidationError).
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: Any = Field(
+        default="mini",
+        description="A bundled name, a checkpoint folder, a hub id, or a ready AutoRegEncoder.",
+    )
+    device: str = Field(default="auto", description='"cpu", "cuda", "cuda:1", ..., or the best one there is.')
+    dtype: str = Field(
+        default="auto", description='"float32", "bfloat16", ..., or what the device does best.'
+    )
+    attn_implementation: str = Field(default="auto", description='"sdpa", "flash_attention_2", "eager".')
+    query_instruction: str | None = Field(default=None, description="None: the checkpoint's I_next.")
+    document_instruction: str | None = Field(default=None, description="None: the checkpoint's I_self.")
+    num_tokens: int | None = Field(
+        default=None, description="Keep the first j compressed vectors; None: all."
+    )
+    pooling: str | None = Field(default=None, description='"flatten" or "mean"; None: what is recorded.')
+    batch_size: int | None = Field(default=None, description="Texts per forward pass; None: the encoder's.")
+    show_progress: bool = Field(default=False, description="A progress bar while documents are embedded.")
+
+    _encoder: AutoRegEncoder = PrivateAttr()
+
+    def model_post_init(self, _context: Any, /) -> None:
+        """Load the encoder."""
+        options = {
+            name: getattr(self, name)
+            for name in (
+                "device",
+                "dtype",
+                "attn_implementation",
+                "query_instruction",
+                "document_instruction",
+                "num_tokens",
+                "pooling",
+            )
+        }
+        self._encoder = _load_encoder(self.model, options)
+
+    @property
+    def encoder(self) -> AutoRegEncoder:
+        """The encoder behind the embeddings."""
+        return self._encoder
+
+    @property
+    def dimension(self) -> int:
+        """Length of every vector."""
+        return self._encoder.dimension
+
+    @property
+    def fingerprint(self) -> str:
+        """What an index records, so that another encoder's vectors are never mixed in."""
+        return self._encoder.fingerprint
+
+    def embed_documents(self, texts: list[str]) -> list[list[float]]:
+        """Embed documents under I_self: one unit vector of `dimension` floats per text, in input order."""
+        vectors: list[list[float]] = self._embed_documents_array(texts).tolist()
+        return vectors
+
+    def embed_query(self, text: str) -> list[float]:
+        """Embed one query under I_next: a unit vector of `dimension` floats."""
+        vector: list[float] = self._embed_query_array(text).tolist()
+        return vector
+
+    def _embed_documents_array(self, texts: list[str]) -> NDArray[np.float32]:
+        """float32 [n, dimension], without the detour through Python lists (AutoRegVectorStore uses it)."""
+        return self._encoder.encode_documents(
+            texts, batch_size=self.batch_size, show_progress=self.show_progress
+        )
+
+    def _embed_query_array(self, text: str) -> NDArray[np.float32]:
+        """float32 [dimension]."""
+        row: NDArray[np.float32] = self._encoder.encode_queries([text], batch_size=self.batch_size)[0]
+        return row
+
+    def _index_settings(self) -> dict[str, Any]:
+        """What a new index records of the encoder."""
+        flat = self._encoder.config.pooling == "flatten"
+        return {
+            "encoder": self.fingerprint,
+            "dimension": self.dimension,
+            "tokens": self._encoder.num_tokens if flat else None,
+        }
+
+
+def _load_encoder(model: Any, options: dict[str, Any]) -> AutoRegEncoder:
+    """A name or folder is loaded with `options`; a ready encoder is taken as it is."""
+    if isinstance(model, str | Path):
+        # Not at the top: importing the integration must not take the seconds that PyTorch takes.
+        from autoregembed_rag import AutoRegEncoder
+
+        return AutoRegEncoder.from_pretrained(model, **options)
+    if not hasattr(model, "encode_queries"):
+        raise TypeError(
+            f"model must be a name, a folder or an AutoRegEncoder, not {type(model).__name__}: "
+            'model="mini" is the bundled checkpoint'
+        )
+    if given := [name for name, value in options.items() if value not in (None, "auto")]:
+        raise ValueError(
+            f"{', '.join(given)} cannot change an encoder that is already loaded: "
+            "give them to AutoRegEncoder.from_pretrained"
+        )
+    encoder: AutoRegEncoder = model
+    return encoder
