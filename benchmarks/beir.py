@@ -1,0 +1,183 @@
+"""Retrieval sets in BEIR's format, from a folder or from the Hugging Face hub.
+
+    FOLDER/corpus.jsonl        {"_id": "...", "title": "...", "text": "..."}   a document per line
+    FOLDER/queries.jsonl       {"_id": "...", "text": "..."}
+    FOLDER/qrels/SPLIT.tsv     query-id <tab> corpus-id <tab> score, with a header line
+
+Every score above 0 counts as relevant, with its grade for nDCG.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tqdm import tqdm
+
+HUB_SPLITS = {"msmarco": "validation"}  # its judgements for "test" are TREC DL 2019's, another task
+
+
+class Document(NamedTuple):
+    """What is searched for; `title` may be empty."""
+
+    id: str
+    title: str
+    text: str
+
+    @property
+    def content(self) -> str:
+        """The one string that every system gets to see: the title, a line break and the text."""
+        return f"{self.title}\n{self.text}" if self.title else self.text
+
+
+Qrels = dict[str, dict[str, int]]
+
+
+class RetrievalSet(NamedTuple):
+    """Documents, the judged queries (id -> text) and their judgements (query id -> document id -> grade)."""
+
+    name: str
+    split: str
+    documents: list[Document]
+    queries: dict[str, str]
+    qrels: Qrels
+
+
+class BenchmarkDataError(ValueError):
+    """Data that cannot be read; the message names the file (and line) and what to do."""
+
+
+def load_folder(folder: Path, split: str = "test") -> RetrievalSet:
+    """Read a BEIR folder; `BenchmarkDataError` names the file and line of what is wrong."""
+    corpus, questions, judgements = (
+        folder / "corpus.jsonl",
+        folder / "queries.jsonl",
+        folder / "qrels" / f"{split}.tsv",
+    )
+    for file in (corpus, questions, judgements):
+        if not file.is_file():
+            raise BenchmarkDataError(_missing(file, folder))
+    documents = [
+        Document(_text(row, "_id", where), _text(row, "title", where, ""), _text(row, "text", where))
+        for where, row in _json_lines(corpus)
+    ]
+    texts = {_text(row, "_id", where): _text(row, "text", where) for where, row in _json_lines(questions)}
+    return _assemble(folder.resolve().name, split, documents, texts, _read_qrels(judgements))
+
+
+def load_hub(name: str, split: str | None = None) -> RetrievalSet:
+    """Load `BeIR/NAME` and `BeIR/NAME-qrels` with `datasets`.
+
+    The default split is "test", for MS MARCO "validation", its dev set. `BenchmarkDataError` where the set is
+    unknown or cannot be reached, naming `--data-dir`.
+    """
+    from datasets import load_dataset
+
+    split = split or HUB_SPLITS.get(name, "test")
+    try:
+        corpus = load_dataset(f"BeIR/{name}", "corpus", split="corpus")
+        questions = load_dataset(f"BeIR/{name}", "queries", split="queries")
+        judgements = load_dataset(f"BeIR/{name}-qrels", split=split)
+    except (
+        OSError,
+        ValueError,
+    ) as error:  # offline, unknown name, unknown split: `datasets` has no common class
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise BenchmarkDataError(
+            f"cannot load BeIR/{name} (split {split!r}) from the Hugging Face hub: {reason} "
+            "With no network, download the set elsewhere and pass its folder with --data-dir DIR "
+            "(corpus.jsonl, queries.jsonl, qrels/SPLIT.tsv)"
+        ) from error
+    documents = [
+        Document(str(row["_id"]), row.get("title") or "", row["text"] or "")
+        for row in tqdm(corpus, desc="reading documents", unit="doc")
+    ]
+    qrels: Qrels = {}
+    for row in judgements:
+        qrels.setdefault(str(row["query-id"]), {})[str(row["corpus-id"])] = int(row["score"])
+    return _assemble(name, split, documents, {str(row["_id"]): row["text"] for row in questions}, qrels)
+
+
+def limit_documents(data: RetrievalSet, limit: int) -> RetrievalSet:
+    """The first `limit` documents and the queries that keep a relevant one; other judgements are dropped.
+
+    Easier than the whole set (fewer distractors, fewer answers to find): for trials, not for reporting.
+    """
+    documents = data.documents[:limit]
+    kept = {document.id for document in documents}
+    qrels = {
+        query: {d: grade for d, grade in grades.items() if d in kept} for query, grades in data.qrels.items()
+    }
+    return _assemble(data.name, data.split, documents, data.queries, qrels)
+
+
+def _assemble(
+    name: str, split: str, documents: list[Document], texts: dict[str, str], qrels: Qrels
+) -> RetrievalSet:
+    """Keep the queries that have a relevant document, as BEIR and TREC do; an empty set is an error."""
+    if len({document.id for document in documents}) != len(documents):
+        raise BenchmarkDataError(f"{name}: a document _id occurs twice in the corpus; ids must be unique")
+    judged = {query: grades for query, grades in qrels.items() if any(grade > 0 for grade in grades.values())}
+    if unknown := judged.keys() - texts.keys():
+        raise BenchmarkDataError(
+            f"{name}: qrels of split {split!r} judge query {min(unknown)!r}, which the queries do not have"
+        )
+    if not documents or not judged:
+        raise BenchmarkDataError(
+            f"{name}: {len(documents)} documents and {len(judged)} queries with a relevant one are left; "
+            "at least one of each is needed (with --limit, raise it)"
+        )
+    return RetrievalSet(name, split, documents, {query: texts[query] for query in judged}, judged)
+
+
+def _missing(file: Path, folder: Path) -> str:
+    splits = ", ".join(sorted(path.stem for path in folder.glob("qrels/*.tsv")))
+    if splits and file.suffix == ".tsv":
+        return f"{file} does not exist; the splits there are: {splits} (choose with --split)"
+    return f"{file} does not exist; a BEIR folder holds corpus.jsonl, queries.jsonl and qrels/SPLIT.tsv"
+
+
+def _json_lines(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each line's place ("FILE, line N") and object."""
+    with file.open(encoding="utf-8") as lines:
+        for number, line in enumerate(
+            tqdm(lines, desc=f"reading {file.name}", unit="line", delay=2), start=1
+        ):
+            if not line.strip():
+                continue
+            where = f"{file}, line {number}"
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise BenchmarkDataError(f"{where}: not JSON ({error.msg})") from error
+            if not isinstance(row, dict):
+                raise BenchmarkDataError(f"{where}: a JSON object is needed, not {type(row).__name__}")
+            yield where, row
+
+
+def _text(row: dict[str, Any], field: str, where: str, default: str | None = None) -> str:
+    value = row.get(field, default)
+    if value is None and default is not None:
+        return default
+    if not isinstance(value, str):
+        problem = "is missing" if value is None else f"is {type(value).__name__}, not a string"
+        raise BenchmarkDataError(f"{where}: field {field!r} {problem}")
+    return value
+
+
+def _read_qrels(file: Path) -> Qrels:
+    qrels: Qrels = {}
+    with file.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            fields = line.rstrip("\r\n").split("\t")
+            if (number == 1 and fields[:1] == ["query-id"]) or fields == [""]:
+                continue
+            try:
+                query, document, score = fields
+                qrels.setdefault(query, {})[document] = int(score)
+            except ValueError as error:
+                raise BenchmarkDataError(
+                    f"{file}, line {number}: expected query-id, corpus-id and a whole-number score "
+                    f"separated by tabs, found {line.rstrip()!r}"
+                ) from error
+    return qrels

@@ -1,0 +1,124 @@
+"""What is compared: an embedding model with a `DocumentIndex`, and BM25. Both see the same strings."""
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import bm25s
+import Stemmer
+from tqdm import tqdm
+
+from autoregembed_indexes import DocumentIndex
+from benchmarks.beir import Document
+from benchmarks.models import Encoder
+
+Ranking = list[tuple[str, float]]
+"""Document ids and scores of one query, best first."""
+
+DOCUMENTS_PER_CHUNK = 2048
+QUERIES_PER_CHUNK = 256
+SILENT_BM25_DOCUMENTS = 50_000  # indexed in a few seconds, without progress bars
+
+
+class System(Protocol):
+    """Something that ranks documents."""
+
+    @property
+    def name(self) -> str: ...
+    def index(self, documents: Sequence[Document]) -> None: ...
+    def search(self, queries: Sequence[str], k: int) -> list[Ranking]: ...
+    def index_bytes(self) -> int: ...
+    def details(self) -> dict[str, Any]: ...
+
+
+class BM25:
+    """bm25s with k1 0.9, b 0.4 (Anserini's), the English Snowball stemmer and English stop words."""
+
+    name = "BM25"
+
+    def __init__(self) -> None:
+        self._stemmer = Stemmer.Stemmer("english")
+        self._model = bm25s.BM25(k1=0.9, b=0.4)
+        self._ids: list[str] = []
+
+    def index(self, documents: Sequence[Document]) -> None:
+        """Tokenise and index `documents`."""
+        self._ids = [document.id for document in documents]
+        slow = len(documents) > SILENT_BM25_DOCUMENTS
+        tokens = self._tokenize([document.content for document in documents], show_progress=slow)
+        self._model.index(tokens, show_progress=slow)
+
+    def search(self, queries: Sequence[str], k: int) -> list[Ranking]:
+        """The best `k` documents of each query that share a word with it."""
+        tokens = self._tokenize(queries)
+        slow = len(queries) > 1 and len(self._ids) > SILENT_BM25_DOCUMENTS
+        found = self._model.retrieve(tokens, k=min(k, len(self._ids)), show_progress=slow)
+        rows = zip(found.documents, found.scores, strict=True)
+        return [
+            [(self._ids[i], float(score)) for i, score in zip(*row, strict=True) if score > 0] for row in rows
+        ]
+
+    def index_bytes(self) -> int:
+        """Bytes of the index as bm25s saves it, without the texts."""
+        with tempfile.TemporaryDirectory() as folder:
+            self._model.save(folder, show_progress=False)
+            return folder_bytes(Path(folder))
+
+    def details(self) -> dict[str, Any]:
+        """The settings."""
+        return {"k1": 0.9, "b": 0.4, "stemmer": "english", "stopwords": "english"}
+
+    def _tokenize(self, texts: Sequence[str], show_progress: bool = False) -> Any:  # noqa: ANN401
+        return bm25s.tokenize(list(texts), stopwords="en", stemmer=self._stemmer, show_progress=show_progress)
+
+
+class Dense:
+    """An encoder and a `DocumentIndex` on disk, in `folder`."""
+
+    def __init__(self, name: str, encoder: Encoder, folder: Path, batch_size: int | None = None) -> None:
+        self.name = name
+        self._encoder = encoder
+        self._folder = folder
+        self._batch_size = batch_size
+        self._index = DocumentIndex.create(folder, dimension=encoder.dimension, encoder=encoder.fingerprint)
+
+    def index(self, documents: Sequence[Document]) -> None:
+        """Encode and store `documents`, a few thousand at a time: memory holds the vectors of those only."""
+        with tqdm(total=len(documents), desc=f"{self.name}: documents", unit="doc") as progress:
+            for chunk in _chunks(documents, DOCUMENTS_PER_CHUNK):
+                texts = [document.content for document in chunk]
+                vectors = self._encoder.encode_documents(texts, batch_size=self._batch_size)
+                self._index.add(vectors, texts, ids=[document.id for document in chunk])
+                progress.update(len(chunk))
+
+    def search(self, queries: Sequence[str], k: int) -> list[Ranking]:
+        """Encode `queries` and return the best `k` documents of each."""
+        rankings: list[Ranking] = []
+        chunks = list(_chunks(queries, QUERIES_PER_CHUNK))
+        for chunk in tqdm(chunks, desc=f"{self.name}: queries", unit="batch", disable=len(chunks) == 1):
+            found = self._index.search(self._encoder.encode_queries(chunk, batch_size=self._batch_size), k)
+            rankings += [[(hit.id, hit.score) for hit in hits] for hits in found]
+        return rankings
+
+    def index_bytes(self) -> int:
+        """Bytes of the index's folder: vectors, texts, ids and their bookkeeping."""
+        return folder_bytes(self._folder)
+
+    def details(self) -> dict[str, Any]:
+        """Which model this was."""
+        return {"fingerprint": self._encoder.fingerprint, "dimension": self._encoder.dimension}
+
+    def close(self) -> None:
+        """Close the index."""
+        self._index.close()
+
+
+def folder_bytes(folder: Path) -> int:
+    """Bytes of all files below `folder`."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _chunks(items: Sequence[Any], size: int) -> Iterator[list[Any]]:
+    for start in range(0, len(items), size):
+        yield list(items[start : start + size])
