@@ -1,0 +1,173 @@
+"""python -m recipes.mini: from text to a packaged checkpoint.
+
+Every stage writes one thing into the work folder and is skipped when that thing is there, so an interrupted run
+goes on where it stopped; the long stages go on from their own checkpoints.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from transformers import AutoTokenizer
+
+from autoregembed_rag import AutoRegEncoder, FrozenDecoder
+from autoregembed_rag.training.alignment import train_alignment
+from autoregembed_rag.training.arguments import AlignmentArguments, CompressionArguments, StageArguments
+from autoregembed_rag.training.compression import train_compression
+
+from . import bag, base_lm, data
+from .contrast import train_contrast
+from .package import package
+from .sizes import SIZES, Size
+from .tokenizer import train_tokenizer
+
+logger = logging.getLogger("recipes.mini")
+
+
+def main(
+    corpus: Annotated[Path, typer.Option(help="Folder of pretrain-*, compress and pairs JSONL.")],
+    work: Annotated[Path, typer.Option(help="Work folder; a second run goes on here.")] = Path("build/mini"),
+    size: Annotated[str, typer.Option(help=" | ".join(SIZES))] = "cpu",
+    output: Annotated[Path, typer.Option(help="Where the packaged checkpoint goes.")] = Path(
+        "build/mini/package"
+    ),
+    seed: Annotated[int, typer.Option(help="Of every stage.")] = 0,
+) -> None:
+    """Train `mini` from scratch.
+
+    Example: python -m recipes.mini --corpus ../shared/data/corpus --output autoregembed_rag/checkpoints/mini
+    """
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+    work.mkdir(parents=True, exist_ok=True)
+    recipe = Recipe(corpus, work, SIZES[size], seed)
+    for name, stage in recipe.stages().items():
+        recipe.run(name, stage)
+    package(work, recipe.size, seed, output)
+    logger.info("packaged into %s", output)
+
+
+class Recipe:
+    """The stages over one work folder."""
+
+    def __init__(self, corpus: Path, work: Path, size: Size, seed: int) -> None:
+        self.corpus = corpus
+        self.work = work
+        self.size = size
+        self.seed = seed
+
+    def stages(self) -> dict[str, Callable[[Path], object]]:
+        """What is written, in order, and what writes it."""
+        return {
+            "tokenizer": self.tokenizer,
+            "bag.safetensors": self.bag,
+            "packed.npy": self.pack,
+            "base": self.base,
+            "start": self.start,
+            "compressed": self.compress,
+            "aligned": self.align,
+            "contrasted": self.contrast,
+        }
+
+    def run(self, name: str, stage: Callable[[Path], object]) -> None:
+        """Run a stage unless it is done; `NAME.seconds` says so, and how long it took."""
+        done = self.work / f"{name}.seconds"
+        if done.exists():
+            logger.info("%s is there", name)
+            return
+        logger.info("%s ...", name)
+        started = time.monotonic()
+        stage(self.work / name)
+        done.write_text(f"{time.monotonic() - started:.0f}\n")
+        logger.info("%s took %s s", name, done.read_text().strip())
+
+    def tokenizer(self, output: Path) -> None:
+        texts = data.documents_up_to(self.corpus, self.size.tokenizer_characters)
+        train_tokenizer(texts, self.size.vocab_size, self.size.max_length, output)
+
+    def bag(self, output: Path) -> None:
+        bag.train_bag(
+            data.pairs(self.corpus, self.seed),
+            self._tokenizer(),
+            dimension=self.size.hidden_size - bag.RESERVED,
+            steps=self.size.bag_steps,
+            batch_size=self.size.bag_batch,
+            seed=self.seed,
+            output=output,
+        )
+
+    def pack(self, output: Path) -> None:
+        texts = data.documents(self.corpus)
+        base_lm.pack_tokens(self._tokenizer(), texts, self.size.pretrain_tokens, output)
+
+    def base(self, output: Path) -> None:
+        base_lm.train_base_lm(
+            self._tokenizer(),
+            self.work / "packed.npy",
+            self.work / "bag.safetensors",
+            self.size,
+            seed=self.seed,
+            output=output,
+        )
+
+    def start(self, output: Path) -> None:
+        encoder = AutoRegEncoder.from_base(
+            self.work / "base",
+            self.size.num_compressed_tokens,
+            dtype="float32",
+            max_length=self.size.max_length,
+        )
+        bag.warm_start(encoder.trainable(), self.work / "bag.safetensors", silence_later_layers=True)
+        bag.quieten(encoder)
+        encoder.save_pretrained(output)
+
+    def compress(self, output: Path) -> None:
+        train_compression(
+            self._encoder("start"),
+            self._decoder(),
+            data.compression_rows(self.corpus, self.seed, self.size.compress_rows),
+            output,
+            CompressionArguments(
+                learning_rate=5e-4, epochs=1, seed=self.seed, save_steps=self.size.save_steps
+            ),
+        )
+
+    def align(self, output: Path) -> None:
+        train_alignment(
+            self._encoder("compressed"),
+            self._decoder(),
+            data.pairs(self.corpus, self.seed, self.size.align_rows),
+            output,
+            AlignmentArguments(learning_rate=1e-4, epochs=1, seed=self.seed, save_steps=self.size.save_steps),
+        )
+
+    def contrast(self, output: Path) -> None:
+        train_contrast(
+            self._encoder("aligned"),
+            data.pairs(self.corpus, self.seed),
+            StageArguments(
+                learning_rate=5e-4,
+                batch_size=self.size.contrast_batch,
+                max_steps=self.size.contrast_steps,
+                seed=self.seed,
+                save_steps=self.size.save_steps,
+            ),
+            output,
+        )
+
+    def _tokenizer(self) -> AutoTokenizer:
+        return AutoTokenizer.from_pretrained(self.work / "tokenizer")
+
+    def _encoder(self, stage: str) -> AutoRegEncoder:
+        return AutoRegEncoder.from_pretrained(self.work / stage, dtype="float32")
+
+    def _decoder(self) -> FrozenDecoder:
+        return FrozenDecoder.from_pretrained(self.work / "base")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,132 @@
+"""The checkpoint as it ships: encoder and decoder in bfloat16, one folder, with a model card."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from autoregembed_rag import AutoRegEncoder
+from autoregembed_rag.config import CONFIG_NAME
+
+from .sizes import Size
+
+MAX_BYTES = 32_000_000
+STAGES = (
+    "tokenizer",
+    "bag.safetensors",
+    "packed.npy",
+    "base",
+    "start",
+    "compressed",
+    "aligned",
+    "contrasted",
+)
+
+
+def package(work: Path, size: Size, seed: int, output: Path) -> None:
+    """Write encoder, decoder and card into `output`; ValueError if the weights outgrow the package."""
+    encoder = AutoRegEncoder.from_pretrained(work / "contrasted", device="cpu", dtype="bfloat16")
+    encoder.save_pretrained(output)
+    decoder = AutoModelForCausalLM.from_pretrained(work / "base", dtype=torch.bfloat16)
+    decoder.save_pretrained(output / "decoder")
+    AutoTokenizer.from_pretrained(work / "base").save_pretrained(output / "decoder")
+    record = json.loads((output / CONFIG_NAME).read_text())
+    (output / CONFIG_NAME).write_text(json.dumps({**record, "decoder": "decoder"}, indent=2) + "\n")
+    written = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
+    if written > MAX_BYTES:
+        raise ValueError(
+            f"{output} holds {written:,} bytes, more than the {MAX_BYTES:,} that a package may carry"
+        )
+    (output / "README.md").write_text(model_card(work, size, seed, output), encoding="utf-8")
+
+
+def model_card(work: Path, size: Size, seed: int, output: Path) -> str:
+    """What the checkpoint is, what it saw and what it cannot do; scores are added by `recipes.mini.scores`."""
+    encoder = AutoRegEncoder.from_pretrained(output, device="cpu")
+    decoder = AutoConfig.from_pretrained(output / "decoder")
+    parameters = sum(p.numel() for p in encoder.model.parameters())
+    seconds = {name: int((work / f"{name}.seconds").read_text()) for name in STAGES}
+    minutes = "\n".join(f"| {name.split('.')[0]} | {math.ceil(s / 60)} |" for name, s in seconds.items())
+    shape = "\n".join(f"| {name} | {value:,} |" for name, value in asdict(size).items())
+    return CARD.format(
+        fingerprint=encoder.fingerprint,
+        parameters=f"{parameters / 1e6:.1f}",
+        hidden=encoder.hidden_size,
+        layers=size.num_layers,
+        vocabulary=f"{size.vocab_size:,}",
+        k=encoder.num_compressed_tokens,
+        dimension=f"{encoder.dimension:,}",
+        max_length=encoder.config.max_length,
+        query_instruction=encoder.config.query_instruction,
+        document_instruction=encoder.config.document_instruction,
+        perplexity=decoder.held_out_perplexity,
+        pretrain_tokens=f"{size.pretrain_tokens:,}",
+        compress_rows=f"{size.compress_rows:,}",
+        align_rows=f"{size.align_rows:,}",
+        contrast_pairs=f"{size.contrast_steps * size.contrast_batch:,}",
+        seed=seed,
+        minutes=minutes,
+        shape=shape,
+    )
+
+
+CARD = """---
+license: apache-2.0
+library_name: autoregembed-rag
+pipeline_tag: feature-extraction
+language: en
+---
+# mini
+
+A small AutoRegEmbed text embedder, trained from scratch by `recipes/mini` on public text. It makes
+`AutoRegEmbeddings()` work with no download; it is no match for a model of billions of parameters.
+
+- fingerprint `{fingerprint}`; {parameters}M parameters: Llama architecture, hidden size {hidden}, {layers} layers,
+  {vocabulary} byte-level BPE tokens of lower-cased text; the decoder has the same shape;
+- k = {k} compressed tokens, {dimension} dimensions flattened, {max_length} tokens of context;
+- I_next: "{query_instruction}"; I_self: "{document_instruction}"
+
+```python
+from autoregembed_rag import AutoRegEncoder
+
+encoder = AutoRegEncoder.from_pretrained("mini")
+```
+
+## What each weight saw
+
+| stage | objective | data |
+|---|---|---|
+| token embeddings | in-batch softmax over bags of tokens | (query, positive) pairs |
+| decoder (base LM) | next token; starts from those embeddings | {pretrain_tokens} tokens |
+| encoder, start | none: the bag written into the first layer, other layers silent | |
+| encoder, 1 | information compression, L_IC | {compress_rows} rows |
+| encoder, 2 | conditional distribution alignment, L_CDA | {align_rows} rows |
+| encoder, 3 | in-batch softmax over flattened vectors (not in the paper) | {contrast_pairs} pairs |
+
+The encoder is not grown from the base LM, as in the paper, but from the bag of tokens: at this size that is worth
+more. The last stage moves the vectors away from what the decoder reads, so what `FrozenDecoder.generate` writes
+from them is poor. The decoder's held-out perplexity is {perplexity} per token.
+
+Text: the recipe's corpus of public-domain books, arXiv abstracts, open textbooks, technical and government
+documentation, medical question-answer pairs, WordNet glosses and public task data, English only; sentences of the
+evaluation sets were removed from it by exact match. Every stage ran with seed {seed}.
+
+| stage | minutes on two CPU cores |
+|---|---:|
+{minutes}
+
+| setting | value |
+|---|---:|
+{shape}
+
+## Limits
+
+English, lower-cased; general text rather than code; a vocabulary of {vocabulary} tokens, so rare names become many
+tokens. BM25 is better on the retrieval sets below; combine the two where quality matters. Nobody checked
+the training text for social bias, so expect what public text holds.
+"""

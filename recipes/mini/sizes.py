@@ -1,0 +1,71 @@
+"""What one run of the recipe costs: the shape of the model and the steps of every stage."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Size:
+    """One row of the recipe. Lengths are in tokens, batches in rows."""
+
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    intermediate_size: int
+    tokenizer_characters: int
+    bag_steps: int
+    bag_batch: int
+    pretrain_tokens: int
+    pretrain_batch: int
+    pretrain_length: int
+    compress_rows: int
+    align_rows: int
+    contrast_steps: int
+    contrast_batch: int
+    save_steps: int
+    max_length: int = 512
+    num_compressed_tokens: int = 5
+
+
+SIZES = {
+    # Minutes on one core: proves that every stage runs, loads and scores; the model is useless.
+    "tiny": Size(
+        vocab_size=600,
+        hidden_size=32,
+        num_layers=2,
+        num_heads=2,
+        intermediate_size=64,
+        tokenizer_characters=200_000,
+        bag_steps=20,
+        bag_batch=64,
+        pretrain_tokens=20_000,
+        pretrain_batch=4,
+        pretrain_length=128,
+        compress_rows=64,
+        align_rows=64,
+        contrast_steps=4,
+        contrast_batch=16,
+        save_steps=4,
+    ),
+    # About an hour and a half on two cores with bfloat16 instructions: the size that ships.
+    "cpu": Size(
+        vocab_size=16_000,
+        hidden_size=256,
+        num_layers=4,
+        num_heads=4,
+        intermediate_size=704,
+        tokenizer_characters=60_000_000,
+        bag_steps=900,
+        bag_batch=1024,
+        pretrain_tokens=4_500_000,
+        pretrain_batch=8,
+        pretrain_length=512,
+        compress_rows=8_000,
+        align_rows=6_000,
+        contrast_steps=500,
+        contrast_batch=256,
+        save_steps=100,
+    ),
+}
