@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,24 @@ class Rows(Dataset[Any]):
         return self.rows[index]
 
 
+class SeededLengthSampler(LengthGroupedSampler):
+    """Batches of like length, in an order that depends on seed and epoch alone: a run that goes on in the middle
+    of an epoch sees the rows that it would have seen."""
+
+    def __init__(self, batch_size: int, lengths: list[int], seed: int) -> None:
+        super().__init__(batch_size, lengths=lengths, generator=torch.Generator())
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by Trainer as every epoch begins."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        self.generator.manual_seed(self.seed + self.epoch)
+        return super().__iter__()
+
+
 class StageTrainer(Trainer):
     """Minimises `step_loss`, which may use a decoder of its own.
 
@@ -92,7 +110,7 @@ class StageTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int]:  # noqa: ARG002
         size = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return LengthGroupedSampler(size, lengths=self.lengths)
+        return SeededLengthSampler(size, self.lengths, self.args.seed)
 
     def compute_loss(
         self,

@@ -1,0 +1,293 @@
+"""Both stages on a tiny Llama: what they minimise, what they change, what they save, how they go on."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from autoregembed_rag import AutoRegEncoder, FrozenDecoder
+from autoregembed_rag.training import alignment
+from autoregembed_rag.training.alignment import reference_scores, train_alignment, with_negatives
+from autoregembed_rag.training.arguments import AlignmentArguments, CompressionArguments, newest_checkpoint
+from autoregembed_rag.training.compression import train_compression
+from autoregembed_rag.training.data import AlignmentRow, CompressionRow
+from autoregembed_rag.training.trainer import StageTrainer
+
+WORDS = "fox dog river bank text vector answer question lemon green hundred passage reader model".split()
+COMPRESSION = [
+    CompressionRow(f"The {a} and the {b}.", "Say it again.", f"The {a} and the {b}." * (1 + i % 3))
+    for i, (a, b) in enumerate(zip(WORDS, reversed(WORDS), strict=True))
+][:12]
+ALIGNMENT = [
+    AlignmentRow(f"Where is the {a}?", f"The {a} is near the {b}.", (f"No {a} here, only a {b}.",))
+    for a, b in zip(WORDS, WORDS[3:], strict=False)
+][:8]
+
+
+@pytest.fixture
+def pair(tiny_base: Path) -> tuple[AutoRegEncoder, FrozenDecoder]:
+    """An untrained encoder and its decoder, in float32."""
+    encoder = AutoRegEncoder.from_base(tiny_base, 3, device="cpu", dtype="float32")
+    return encoder, FrozenDecoder.from_pretrained(tiny_base, device="cpu", dtype="float32")
+
+
+def compression_arguments(**changes) -> CompressionArguments:
+    settings = {"learning_rate": 3e-3, "batch_size": 4, "epochs": 1, "bf16": False, "logging_steps": 1}
+    return CompressionArguments(**{**settings, **changes})
+
+
+def alignment_arguments(**changes) -> AlignmentArguments:
+    settings = {"learning_rate": 1e-3, "batch_size": 4, "epochs": 1, "bf16": False, "logging_steps": 1}
+    return AlignmentArguments(**{**settings, **changes})
+
+
+def logged_losses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Every loss that Trainer logs from here on."""
+    losses: list[float] = []
+    log = StageTrainer.log
+
+    def listen(self, logs, *args, **kwargs):
+        losses.extend([float(logs["loss"])] if "loss" in logs else [])
+        return log(self, logs, *args, **kwargs)
+
+    monkeypatch.setattr(StageTrainer, "log", listen)
+    return losses
+
+
+def mean_target_log_prob(encoder, decoder, rows) -> float:
+    """-L_IC by the public scoring function."""
+    total = tokens = 0.0
+    for row in rows:
+        e = encoder.compress([row.context], row.instruction)
+        total += float(decoder.log_prob(e, [row.output])[0])
+        tokens += len(decoder.target_ids([row.output])[0])
+    return total / tokens
+
+
+def test_compression_minimises_the_mean_over_target_tokens(pair, tmp_path, monkeypatch):
+    encoder, decoder = pair
+    losses = logged_losses(monkeypatch)
+    before = mean_target_log_prob(encoder, decoder, COMPRESSION)
+    arguments = compression_arguments(batch_size=12, epochs=12)
+    train_compression(encoder, decoder, COMPRESSION, tmp_path / "out", arguments)
+    assert losses[0] == pytest.approx(-before, rel=1e-4)
+    after = mean_target_log_prob(encoder, decoder, COMPRESSION)
+    assert after > before + 0.3
+
+
+def test_accumulated_batches_weigh_every_token_the_same(tiny_base, tmp_path):
+    """Four batches of three with targets of different lengths move the weights as one batch of twelve does."""
+    ends = []
+    for name, size, accumulated in (("one", 12, 1), ("four", 3, 4)):
+        encoder = AutoRegEncoder.from_base(tiny_base, 3, device="cpu", dtype="float32")
+        decoder = FrozenDecoder.from_pretrained(tiny_base, device="cpu", dtype="float32")
+        arguments = compression_arguments(
+            batch_size=size, gradient_accumulation_steps=accumulated, max_steps=1, warmup_ratio=0.0
+        )
+        train_compression(encoder, decoder, COMPRESSION, tmp_path / name, arguments)
+        ends.append(torch.cat([p.detach().flatten() for p in encoder.model.parameters()]))
+    start = AutoRegEncoder.from_base(tiny_base, 3, device="cpu", dtype="float32")
+    moved = ends[0] - torch.cat([p.detach().flatten() for p in start.model.parameters()])
+    assert moved.abs().max() > 1e-3
+    # Adam's first step is the sign of the gradient: entries near 0 may flip, the rest must agree.
+    assert ((ends[0] - ends[1]).abs() < 1e-5).float().mean() > 0.99
+
+
+def test_the_decoder_stays_frozen_and_in_eval_mode(pair, tmp_path):
+    encoder, decoder = pair
+    before = {name: tensor.clone() for name, tensor in decoder.state_dict().items()}
+    modes = []
+    handle = decoder.model.base_model.register_forward_hook(lambda module, *_: modes.append(module.training))
+    train_compression(encoder, decoder, COMPRESSION, tmp_path / "c", compression_arguments())
+    train_alignment(encoder, decoder, ALIGNMENT, tmp_path / "a", alignment_arguments())
+    handle.remove()
+    assert modes
+    assert not any(modes)
+    assert all(torch.equal(before[name], tensor) for name, tensor in decoder.state_dict().items())
+    assert all(parameter.grad is None for parameter in decoder.parameters())
+
+
+def test_a_trained_checkpoint_is_the_encoder_alone_and_loads(pair, tmp_path, tiny_base):
+    encoder, decoder = pair
+    output = tmp_path / "out"
+    train_compression(encoder, decoder, COMPRESSION, output, compression_arguments(save_steps=1))
+    assert sorted(file.name for file in output.iterdir()) == [
+        "autoregembed.json",
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+    loaded = AutoRegEncoder.from_pretrained(output, device="cpu", dtype="float32")
+    texts = ["The fox is near the river.", "lemon"]
+    np.testing.assert_array_equal(loaded.encode_documents(texts), encoder.encode_documents(texts))
+    untrained = AutoRegEncoder.from_base(tiny_base, 3, device="cpu", dtype="float32")
+    assert np.abs(loaded.encode_documents(texts) - untrained.encode_documents(texts)).max() > 1e-3
+    assert loaded.fingerprint == encoder.fingerprint != untrained.fingerprint
+    decoder = FrozenDecoder.from_pretrained(output, device="cpu", dtype="float32")
+    assert np.isfinite(decoder.log_prob(loaded.compress(texts), texts)).all()
+
+
+def test_alignment_starts_at_the_loss_that_equation_2_gives(pair, tmp_path, monkeypatch):
+    """With model = reference every S2 is -1/2, so the first loss follows from the public log-probabilities."""
+    encoder, decoder = pair
+    losses = logged_losses(monkeypatch)
+    queries, positives = [row.query for row in ALIGNMENT], [row.pos for row in ALIGNMENT]
+    gap = np.abs(
+        decoder.log_prob(encoder.compress(queries, "next"), positives)
+        - decoder.log_prob(encoder.compress(positives, "self"), positives)
+    ).astype(float)
+    s1 = -1 / (1 + np.exp(-0.1 * gap))
+    expected = np.mean([-math.log(math.exp(s / 0.1) / (math.exp(s / 0.1) + math.exp(-0.5 / 0.1))) for s in s1])
+    train_alignment(encoder, decoder, ALIGNMENT, tmp_path / "a", alignment_arguments(batch_size=8))
+    assert losses[0] == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_alignment_lowers_its_loss(pair, tmp_path, monkeypatch):
+    encoder, decoder = pair
+    losses = logged_losses(monkeypatch)
+    train_alignment(encoder, decoder, ALIGNMENT, tmp_path / "a", alignment_arguments(batch_size=8, epochs=10))
+    assert losses[-1] < losses[0] - 0.1
+
+
+def test_each_text_is_encoded_once_per_step(pair, tmp_path, monkeypatch):
+    """A step over B rows is one encoder pass over 2 B prompts, however many negatives there are."""
+    encoder, decoder = pair
+    rows = [AlignmentRow(row.query, row.pos, row.neg * 3) for row in ALIGNMENT]
+    reference = reference_scores(encoder, decoder, rows)
+    monkeypatch.setattr(alignment, "reference_scores", lambda *_, **__: reference)
+    sizes = []
+    encoder.model.register_forward_hook(
+        lambda _, __, kwargs, ___: sizes.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    train_alignment(encoder, decoder, rows, tmp_path / "a", alignment_arguments(num_negatives=3))
+    assert sizes == [8, 8]
+
+
+def test_reference_scores_are_the_starting_models_log_probabilities(pair):
+    encoder, decoder = pair
+    found = reference_scores(encoder, decoder, ALIGNMENT, batch_size=3)
+    e = encoder.compress([row.query for row in ALIGNMENT], "next")
+    for column, targets in enumerate(
+        ([row.pos for row in ALIGNMENT], [row.neg[0] for row in ALIGNMENT])
+    ):
+        np.testing.assert_allclose(found[:, column].numpy(), decoder.log_prob(e, targets), rtol=1e-4)
+
+
+def test_missing_negatives_are_borrowed_from_other_rows_by_seed():
+    rows = [AlignmentRow("a", "A"), AlignmentRow("b", "B", ("own",)), AlignmentRow("c", "A")]
+    complete = with_negatives(rows, 2, seed=3)
+    assert [len(row.neg) for row in complete] == [2, 2, 2]
+    assert complete[1].neg[0] == "own"
+    assert all(row.pos not in row.neg for row in complete)
+    assert complete == with_negatives(rows, 2, seed=3)
+    with pytest.raises(ValueError, match="other rows with other positives"):
+        with_negatives([AlignmentRow("a", "A"), AlignmentRow("c", "A")], 1, seed=0)
+
+
+def interrupted(train, at_step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run `train` and break it off before step `at_step` + 1."""
+    step = StageTrainer.training_step
+
+    def breaking(self, *args, **kwargs):
+        if self.state.global_step >= at_step:
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StageTrainer, "training_step", breaking)
+        with pytest.raises(KeyboardInterrupt):
+            train()
+
+
+@pytest.mark.parametrize("stage", ["compression", "alignment"])
+def test_an_interrupted_run_ends_bit_equal_to_an_uninterrupted_one(stage, tiny_base, tmp_path, monkeypatch):
+    def run(name: str) -> AutoRegEncoder:
+        encoder = AutoRegEncoder.from_base(tiny_base, 3, device="cpu", dtype="float32")
+        decoder = FrozenDecoder.from_pretrained(tiny_base, device="cpu", dtype="float32")
+        if stage == "compression":
+            arguments = compression_arguments(epochs=2, save_steps=2)
+            return train_compression(encoder, decoder, COMPRESSION, tmp_path / name, arguments)
+        arguments = alignment_arguments(epochs=3, save_steps=2)
+        return train_alignment(encoder, decoder, ALIGNMENT, tmp_path / name, arguments)
+
+    whole = run("whole").model.state_dict()
+    interrupted(lambda: run("broken"), 5, monkeypatch)
+    assert newest_checkpoint(tmp_path / "broken") == str(tmp_path / "broken" / "checkpoint-4")
+    # A checkpoint whose writing was cut short is passed over.
+    (tmp_path / "broken" / "checkpoint-5").mkdir()
+    resumed = run("broken").model.state_dict()
+    assert all(torch.equal(whole[name], tensor) for name, tensor in resumed.items())
+
+
+def test_reference_scores_of_another_model_or_other_rows_are_not_reused(pair, tmp_path, monkeypatch):
+    encoder, decoder = pair
+    train = lambda rows: train_alignment(  # noqa: E731
+        encoder, decoder, rows, tmp_path / "a", alignment_arguments(max_steps=1)
+    )
+    interrupted(lambda: train(ALIGNMENT), 0, monkeypatch)
+    calls = []
+    scores = alignment.reference_scores
+    monkeypatch.setattr(
+        alignment, "reference_scores", lambda *a, **k: calls.append(len(a[2])) or scores(*a, **k)
+    )
+    interrupted(lambda: train(ALIGNMENT), 0, monkeypatch)
+    assert calls == []
+    interrupted(lambda: train(ALIGNMENT[:-1]), 0, monkeypatch)
+    assert calls == [7]
+    with torch.no_grad():
+        encoder.trainable().get_input_embeddings().weight.mul_(1.01)
+    interrupted(lambda: train(ALIGNMENT[:-1]), 0, monkeypatch)
+    assert calls == [7, 7]
+
+
+def test_what_cannot_be_trained_is_refused_before_training(pair, tmp_path, tiny_checkpoint):
+    encoder, decoder = pair
+    with pytest.raises(ValueError, match="no rows"):
+        train_compression(encoder, decoder, [], tmp_path / "x")
+    with pytest.raises(ValueError, match="no rows"):
+        train_alignment(encoder, decoder, [], tmp_path / "x")
+    with pytest.raises(ValueError, match="row 2: the instruction leaves no room"):
+        rows = [COMPRESSION[0], CompressionRow("text", "word " * 500, "text")]
+        train_compression(encoder, decoder, rows, tmp_path / "x")
+    with pytest.raises(ValueError, match="learning_rate must be above 0, not -1"):
+        compression_arguments(learning_rate=-1)
+    with pytest.raises(ValueError, match="beta must be above 0"):
+        alignment_arguments(beta=0)
+    assert not (tmp_path / "x").exists()
+
+
+def test_the_command_line_trains_both_stages(tiny_base, tmp_path):
+    from typer.testing import CliRunner
+
+    from autoregembed_rag.cli import app
+
+    pwc, nli = tmp_path / "pwc.jsonl", tmp_path / "nli.jsonl"
+    pwc.write_text("\n".join(json.dumps(vars(row)) for row in COMPRESSION))
+    nli.write_text("\n".join(json.dumps({**vars(row), "neg": list(row.neg)}) for row in ALIGNMENT))
+    common = ["--batch-size", "4", "--max-steps", "2", "--device", "cpu"]
+
+    def run(*words: str) -> str:
+        result = CliRunner().invoke(app, ["train", *words])
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    first, second = str(tmp_path / "compressed"), str(tmp_path / "aligned")
+    run("compress", "--base", str(tiny_base), "--data", str(pwc), "--output", first, *common)
+    run("align", "--model", first, "--data", str(nli), "--output", second, *common)
+    compressed = AutoRegEncoder.from_pretrained(first)
+    aligned = AutoRegEncoder.from_pretrained(second)
+    assert compressed.fingerprint != aligned.fingerprint
+    assert compressed.config == aligned.config
+    for words in (("compress",), ("align",)):
+        assert "Example: autoregembed train" in run(*words, "--help")
+    bad = CliRunner().invoke(
+        app, ["train", "align", "--model", first, "--data", str(pwc), "--output", second, *common]
+    )
+    assert bad.exit_code == 2
+    assert "line 1: field 'query' is missing" in bad.output
