@@ -206,12 +206,15 @@ class DocumentIndex:
         vectors: ArrayLike,
         k: int = 10,
         filter: Mapping[str, Any] | None = None,  # noqa: A002
+        *,
+        ids: Sequence[str] | None = None,
     ) -> list[list[Hit]]:
         """Return, for each query vector of [n, dimension], the k documents of highest cosine, best first.
 
         `filter` is {metadata key: value, ...}, all of which must be equal; only documents that match are
         ranked. Values compare by JSON type: true is not 1, and None matches a null but not a missing key.
-        Fewer than k come back only when fewer than k match. Where the index records its number of tokens k, a
+        `ids` limits the search to these documents; unknown ids are fine. Fewer than k come back only when fewer
+        than k match. Where the index records its number of tokens k, a
         query may be the first j of k vectors of a flattened embedding, and is compared with the same part of
         each document.
 
@@ -222,8 +225,12 @@ class DocumentIndex:
         k = operator.index(k)
         if k < 1:
             raise ValueError(f"k must be at least 1, got {k}")
+        named = None if ids is None else _id_list(ids)
         with self._session() as state:
             among = self._store.rows_where(filter) if filter else None
+            if named is not None:
+                rows_named = self._store.rows_by_id(dict.fromkeys(named))
+                among = rows_named if among is None else np.intersect1d(among, rows_named, assume_unique=True)
             if state.dimension is None or len(matrix) == 0:
                 return [[] for _ in matrix]
             width = matrix.shape[1]

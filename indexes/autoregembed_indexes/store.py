@@ -146,6 +146,10 @@ class DocumentStore:
             for doc_id, text, metadata in self._select("id, text, metadata", "id", ids)
         }
 
+    def rows_by_id(self, ids: Iterable[str]) -> Rows:
+        """The rows of the ids that are there, ascending."""
+        return np.sort(np.fromiter((row for (row,) in self._select("row", "id", ids)), dtype=np.int64))
+
     def vectors_by_id(self, ids: Iterable[str]) -> dict[str, bytes]:
         """Map the ids that are there to their stored vectors."""
         return dict(self._select("id, vector", "id", ids, source="documents JOIN vectors USING (row)"))

@@ -1,14 +1,13 @@
 """AutoRegEmbeddings: queries and documents embedded under their own instructions, for LangChain."""
 
-# ruff: noqa: ANN401  (the framework's own signatures say Any)
-
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from langchain_core.embeddings import Embeddings
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
+
+from autoregembed_rag.adapters import load_encoder
 
 if TYPE_CHECKING:
     import numpy as np
@@ -61,19 +60,7 @@ class AutoRegEmbeddings(BaseModel, Embeddings):
 
     def model_post_init(self, _context: Any, /) -> None:
         """Load the encoder."""
-        options = {
-            name: getattr(self, name)
-            for name in (
-                "device",
-                "dtype",
-                "attn_implementation",
-                "query_instruction",
-                "document_instruction",
-                "num_tokens",
-                "pooling",
-            )
-        }
-        self._encoder = _load_encoder(self.model, options)
+        self._encoder = load_encoder(self.model, self)
 
     @property
     def encoder(self) -> AutoRegEncoder:
@@ -119,24 +106,3 @@ class AutoRegEmbeddings(BaseModel, Embeddings):
             "dimension": self.dimension,
             "tokens": self._encoder.num_tokens if flat else None,
         }
-
-
-def _load_encoder(model: Any, options: dict[str, Any]) -> AutoRegEncoder:
-    """A name or folder is loaded with `options`; a ready encoder is taken as it is."""
-    if isinstance(model, str | Path):
-        # Not at the top: importing the integration must not take the seconds that PyTorch takes.
-        from autoregembed_rag import AutoRegEncoder
-
-        return AutoRegEncoder.from_pretrained(model, **options)
-    if not hasattr(model, "encode_queries"):
-        raise TypeError(
-            f"model must be a name, a folder or an AutoRegEncoder, not {type(model).__name__}: "
-            'model="mini" is the bundled checkpoint'
-        )
-    if given := [name for name, value in options.items() if value not in (None, "auto")]:
-        raise ValueError(
-            f"{', '.join(given)} cannot change an encoder that is already loaded: "
-            "give them to AutoRegEncoder.from_pretrained"
-        )
-    encoder: AutoRegEncoder = model
-    return encoder

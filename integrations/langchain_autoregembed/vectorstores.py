@@ -1,7 +1,5 @@
 """AutoRegVectorStore: a DocumentIndex as a LangChain vector store."""
 
-# ruff: noqa: ANN401  (the framework's own signatures say Any)
-
 from __future__ import annotations
 
 import uuid

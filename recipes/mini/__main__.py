@@ -142,7 +142,7 @@ class Recipe:
             self._decoder(),
             data.pairs(self.corpus, self.seed, self.size.align_rows),
             output,
-            AlignmentArguments(learning_rate=1e-4, epochs=1, seed=self.seed, save_steps=self.size.save_steps),
+            AlignmentArguments(learning_rate=2e-5, epochs=1, seed=self.seed, save_steps=self.size.save_steps),
         )
 
     def contrast(self, output: Path) -> None:

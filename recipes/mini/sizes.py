@@ -64,7 +64,7 @@ SIZES = {
         pretrain_length=512,
         compress_rows=8_000,
         align_rows=6_000,
-        contrast_steps=500,
+        contrast_steps=400,
         contrast_batch=256,
         save_steps=100,
     ),

@@ -109,3 +109,19 @@ def test_a_filter_that_is_not_an_equality_is_refused(where, error, message):
             with pytest.raises(error, match=message):
                 call()
         assert len(index) == 1
+
+
+def test_ids_limit_the_search_alone_and_together_with_a_filter():
+    with DocumentIndex.create() as index:
+        index.add(
+            np.eye(4) + 0.1,
+            list("abcd"),
+            ids=list("abcd"),
+            metadatas=[{"even": i % 2 == 0} for i in range(4)],
+        )
+        query = np.eye(4)[:1]
+        assert [hit.id for hit in index.search(query, ids=["d", "b", "unknown", "d"])[0]] == ["b", "d"]
+        assert [hit.id for hit in index.search(query, ids=["b", "c"], filter={"even": True})[0]] == ["c"]
+        assert index.search(query, ids=[])[0] == []
+        with pytest.raises(TypeError, match="ids must be a list"):
+            index.search(query, ids="abc")

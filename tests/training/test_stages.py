@@ -18,7 +18,22 @@ from autoregembed_rag.training.compression import train_compression
 from autoregembed_rag.training.data import AlignmentRow, CompressionRow
 from autoregembed_rag.training.trainer import StageTrainer
 
-WORDS = "fox dog river bank text vector answer question lemon green hundred passage reader model".split()
+WORDS = [
+    "fox",
+    "dog",
+    "river",
+    "bank",
+    "text",
+    "vector",
+    "answer",
+    "question",
+    "lemon",
+    "green",
+    "hundred",
+    "passage",
+    "reader",
+    "model",
+]
 COMPRESSION = [
     CompressionRow(f"The {a} and the {b}.", "Say it again.", f"The {a} and the {b}." * (1 + i % 3))
     for i, (a, b) in enumerate(zip(WORDS, reversed(WORDS), strict=True))
@@ -143,7 +158,9 @@ def test_alignment_starts_at_the_loss_that_equation_2_gives(pair, tmp_path, monk
         - decoder.log_prob(encoder.compress(positives, "self"), positives)
     ).astype(float)
     s1 = -1 / (1 + np.exp(-0.1 * gap))
-    expected = np.mean([-math.log(math.exp(s / 0.1) / (math.exp(s / 0.1) + math.exp(-0.5 / 0.1))) for s in s1])
+    expected = np.mean(
+        [-math.log(math.exp(s / 0.1) / (math.exp(s / 0.1) + math.exp(-0.5 / 0.1))) for s in s1]
+    )
     train_alignment(encoder, decoder, ALIGNMENT, tmp_path / "a", alignment_arguments(batch_size=8))
     assert losses[0] == pytest.approx(float(expected), rel=1e-4)
 
@@ -173,9 +190,7 @@ def test_reference_scores_are_the_starting_models_log_probabilities(pair):
     encoder, decoder = pair
     found = reference_scores(encoder, decoder, ALIGNMENT, batch_size=3)
     e = encoder.compress([row.query for row in ALIGNMENT], "next")
-    for column, targets in enumerate(
-        ([row.pos for row in ALIGNMENT], [row.neg[0] for row in ALIGNMENT])
-    ):
+    for column, targets in enumerate(([row.pos for row in ALIGNMENT], [row.neg[0] for row in ALIGNMENT])):
         np.testing.assert_allclose(found[:, column].numpy(), decoder.log_prob(e, targets), rtol=1e-4)
 
 

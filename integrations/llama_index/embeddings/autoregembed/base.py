@@ -1,7 +1,5 @@
 """AutoRegEmbedding: queries and documents embedded under their own instructions, for LlamaIndex."""
 
-# ruff: noqa: ANN401  (the framework's own signatures say Any)
-
 from __future__ import annotations
 
 import asyncio
@@ -17,18 +15,10 @@ from llama_index.core.bridge.pydantic import (
     field_validator,
 )
 
+from autoregembed_rag.adapters import load_encoder
+
 if TYPE_CHECKING:
     from autoregembed_rag import AutoRegEncoder
-
-_LOADING = (
-    "device",
-    "dtype",
-    "attn_implementation",
-    "query_instruction",
-    "document_instruction",
-    "num_tokens",
-    "pooling",
-)
 
 
 class AutoRegEmbedding(BaseEmbedding):
@@ -111,7 +101,7 @@ class AutoRegEmbedding(BaseEmbedding):
 
     def model_post_init(self, _context: Any, /) -> None:
         """Load the encoder."""
-        self._encoder = _load_encoder(self.model, {name: getattr(self, name) for name in _LOADING})
+        self._encoder = load_encoder(self.model, self)
         self.model_name = self._model_as_text(self.model)
 
     @property
@@ -160,24 +150,3 @@ class AutoRegEmbedding(BaseEmbedding):
         at once; so `num_workers` has no effect here.
         """
         return await asyncio.to_thread(self.get_text_embedding_batch, texts, show_progress, **kwargs)
-
-
-def _load_encoder(model: Any, options: dict[str, Any]) -> AutoRegEncoder:
-    """A name or folder is loaded with `options`; a ready encoder is taken as it is."""
-    if isinstance(model, str | Path):
-        # Not at the top: importing the integration must not take the seconds that PyTorch takes.
-        from autoregembed_rag import AutoRegEncoder
-
-        return AutoRegEncoder.from_pretrained(model, **options)
-    if not hasattr(model, "encode_queries"):
-        raise TypeError(
-            f"model must be a name, a folder or an AutoRegEncoder, not {type(model).__name__}: "
-            'model="mini" is the bundled checkpoint'
-        )
-    if given := [name for name, value in options.items() if value not in (None, "auto")]:
-        raise ValueError(
-            f"{', '.join(given)} cannot change an encoder that is already loaded: "
-            "give them to AutoRegEncoder.from_pretrained"
-        )
-    encoder: AutoRegEncoder = model
-    return encoder

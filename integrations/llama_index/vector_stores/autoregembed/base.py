@@ -1,7 +1,5 @@
 """AutoRegVectorStore: a DocumentIndex as a LlamaIndex vector store."""
 
-# ruff: noqa: ANN401  (the framework's own signatures say Any)
-
 from __future__ import annotations
 
 import asyncio
@@ -19,9 +17,8 @@ from llama_index.core.vector_stores.types import (
     VectorStoreQueryMode,
     VectorStoreQueryResult,
 )
-from numpy.typing import NDArray
 
-from autoregembed_indexes import DocumentIndex, Hit, IndexMismatchError
+from autoregembed_indexes import DocumentIndex
 from llama_index.vector_stores.autoregembed.nodes import REF_DOC_KEY, equalities, node_to_row, row_to_node
 
 if TYPE_CHECKING:
@@ -165,10 +162,9 @@ class AutoRegVectorStore(BasePydanticVectorStore):
             raise ValueError("the query has no embedding: AutoRegVectorStore searches by vector")
         where = equalities(query.filters)
         vector = np.asarray(query.query_embedding, dtype=np.float32)
-        if query.node_ids or query.doc_ids:
-            hits = self._search_among(query, vector, where)
-        else:
-            hits = self._index.search(vector[None], k=query.similarity_top_k, filter=where)[0]
+        hits = self._index.search(
+            vector[None], k=query.similarity_top_k, filter=where, ids=self._allowed(query)
+        )[0]
         return VectorStoreQueryResult(
             nodes=[row_to_node(hit.id, hit.text, hit.metadata) for hit in hits],
             similarities=[hit.score for hit in hits],
@@ -188,25 +184,12 @@ class AutoRegVectorStore(BasePydanticVectorStore):
         matching = set(self._index.ids(where))
         return [id_ for id_ in node_ids if id_ in matching]
 
-    def _search_among(
-        self, query: VectorStoreQuery, vector: NDArray[np.float32], where: dict[str, Any]
-    ) -> list[Hit]:
-        """Rank only the nodes that `node_ids` and `doc_ids` allow."""
-        ids = self._ids(query.node_ids or None, where)
-        if query.doc_ids:
-            of_documents = {id_ for doc_id in query.doc_ids for id_ in self._index.ids({REF_DOC_KEY: doc_id})}
-            ids = [id_ for id_ in ids if id_ in of_documents]
-        found = self._index.get(list(dict.fromkeys(ids)))
-        if not found:
-            return []
-        rows = self._index.vectors([row.id for row in found])
-        if vector.shape != rows.shape[1:]:
-            raise IndexMismatchError(
-                f"the query has dimension {vector.size}, the index has dimension {rows.shape[1]}"
-            )
-        scores = np.clip(rows @ (vector / np.linalg.norm(vector)), -1, 1)
-        best = np.argsort(-scores, kind="stable")[: query.similarity_top_k]
-        return [Hit(found[i].id, float(scores[i]), found[i].text, found[i].metadata) for i in best]
+    def _allowed(self, query: VectorStoreQuery) -> list[str] | None:
+        """The ids that `node_ids` and `doc_ids` leave; None where neither restricts."""
+        if not query.doc_ids:
+            return query.node_ids or None
+        ids = [id_ for doc_id in query.doc_ids for id_ in self._index.ids({REF_DOC_KEY: doc_id})]
+        return [id_ for id_ in ids if not query.node_ids or id_ in query.node_ids]
 
     async def async_add(self, nodes: Sequence[BaseNode], **kwargs: Any) -> list[str]:
         """`add` in a thread."""
