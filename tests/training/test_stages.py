@@ -18,22 +18,8 @@ from autoregembed_rag.training.compression import train_compression
 from autoregembed_rag.training.data import AlignmentRow, CompressionRow
 from autoregembed_rag.training.trainer import StageTrainer
 
-WORDS = [
-    "fox",
-    "dog",
-    "river",
-    "bank",
-    "text",
-    "vector",
-    "answer",
-    "question",
-    "lemon",
-    "green",
-    "hundred",
-    "passage",
-    "reader",
-    "model",
-]
+WORDS = ["fox", "dog", "river", "bank", "text", "vector", "answer", "question", "lemon", "green"]
+WORDS += ["hundred", "passage", "reader", "model"]
 COMPRESSION = [
     CompressionRow(f"The {a} and the {b}.", "Say it again.", f"The {a} and the {b}." * (1 + i % 3))
     for i, (a, b) in enumerate(zip(WORDS, reversed(WORDS), strict=True))
