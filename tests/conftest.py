@@ -6,78 +6,23 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from tiny_models import build_tokenizer, tiny_llama, write_base
 
 from autoregembed_rag import AutoRegEncoder
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+__all__ = ["build_tokenizer", "tiny_llama"]
+
 torch.set_num_threads(1)
-
-SENTENCES = [
-    "The quick brown fox jumps over the lazy dog near the river bank.",
-    "Find documents that can answer this question.",
-    "Find sentences that are semantically similar to this text.",
-    "A compressed vector is a condition for a language model; it can be read back.",
-    "Retrieval finds the passages that answer a question, and a reader writes the answer.",
-    "Vitamin C is found in oranges, lemons and green peppers, 100 grams at a time.",
-]
-
-
-def build_tokenizer(
-    *,
-    bos: str | None = "<s>",
-    eos: str | None = "</s>",
-    pad: str | None = "<pad>",
-    padding_side: str = "right",
-) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of about 400 tokens."""
-    special = [token for token in dict.fromkeys((bos, eos, pad)) if token is not None]
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(
-        SENTENCES * 2,
-        trainers.BpeTrainer(
-            vocab_size=400,
-            special_tokens=special,
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        ),
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=bos, eos_token=eos, pad_token=pad, padding_side=padding_side
-    )
-
-
-def tiny_llama(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> LlamaForCausalLM:
-    """A random Llama: hidden 32, 2 layers, 128 positions."""
-    torch.manual_seed(seed)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=128,
-            initializer_range=0.2,
-            tie_word_embeddings=True,
-        )
-    ).eval()
 
 
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a plain tiny language model."""
-    folder = tmp_path_factory.mktemp("models") / "base"
-    tokenizer = build_tokenizer()
-    tiny_llama(tokenizer).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return write_base(tmp_path_factory.mktemp("models") / "base")
 
 
 @pytest.fixture(scope="session")

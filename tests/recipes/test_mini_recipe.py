@@ -17,9 +17,24 @@ from recipes.mini import bag
 from recipes.mini.__main__ import main
 from recipes.mini.tokenizer import train_tokenizer
 
-SUBJECTS = (
-    ["fox", "dog", "river", "bank", "vector", "answer", "question", "lemon", "passage", "reader", "model", "book", "city", "law", "star", "cell"]
-)
+SUBJECTS = [
+    "fox",
+    "dog",
+    "river",
+    "bank",
+    "vector",
+    "answer",
+    "question",
+    "lemon",
+    "passage",
+    "reader",
+    "model",
+    "book",
+    "city",
+    "law",
+    "star",
+    "cell",
+]
 VERBS = ["finds", "sees", "explains", "contains", "follows", "improves", "reaches", "describes"]
 
 
