@@ -75,10 +75,10 @@ def train_alignment(
     def step_loss(compressor: nn.Module, batch: Batch, _: Tensor | int | None) -> Tensor:
         size, n = len(batch["reference"]), arguments.num_negatives
         # One encoder pass over queries and positives, one decoder pass over all (2 + N) pairs of every row.
-        query, positive = compressor(batch["ids"], batch["lengths"]).split(size)
-        states = torch.cat([query, positive, query.repeat_interleave(n, dim=0)])
+        encoded: Tensor = compressor(batch["ids"], batch["lengths"])
+        states = torch.cat([encoded, encoded[:size].repeat_interleave(n, dim=0)])
         scores = decoder.token_log_probs(states, batch["targets"]).summed(len(states))
-        query_pos, self_pos, query_neg = scores.split([size, size, size * n])
+        query_pos, self_pos, query_neg = scores[:size], scores[size : 2 * size], scores[2 * size :]
         return conditional_distribution_alignment_loss(
             query_pos,
             self_pos,

@@ -32,7 +32,7 @@ class Compressor(nn.Module):
 
     def __init__(self, encoder: AutoRegEncoder, *, accepts_loss_kwargs: bool) -> None:
         super().__init__()
-        self.body = encoder.trainable().float()
+        self.body = encoder.trainable().to(torch.float32)  # type: ignore[arg-type]
         self.k = encoder.num_compressed_tokens
         # True: Trainer counts the targets of all accumulated batches and leaves the division to the loss.
         # False: the loss is the mean of its batch, and Trainer divides by the number of accumulated batches.
@@ -71,7 +71,7 @@ class SeededLengthSampler(LengthGroupedSampler):
 
     def __iter__(self) -> Iterator[int]:
         self.generator.manual_seed(self.seed + self.epoch)
-        return super().__iter__()
+        return iter(super().__iter__())  # type: ignore[no-untyped-call]
 
 
 class StageTrainer(Trainer):
@@ -147,7 +147,7 @@ def run_stage(trainer: StageTrainer, output: Path) -> AutoRegEncoder:
         logger.info("going on from %s", resumed)
     trainer.train(resume_from_checkpoint=resumed)
     encoder = trainer.encoder
-    encoder.model.eval()
+    encoder.model.train(False)
     encoder.save_pretrained(output)
     for leftover in output.glob("checkpoint-*"):
         shutil.rmtree(leftover)
