@@ -84,7 +84,7 @@ class FrozenDecoder(torch.nn.Module):
             FileNotFoundError: nothing can be loaded; the message lists what would work.
             ValueError: the checkpoint does not name its decoder.
         """
-        folder = _decoder_folder(resolve_folder(model))
+        folder = decoder_folder(model)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
         place, arguments = model_arguments(device, dtype, attn_implementation, trust_remote_code)
         lm = load_model(AutoModelForCausalLM, folder, arguments)
@@ -235,8 +235,12 @@ class FrozenDecoder(torch.nn.Module):
             )
 
 
-def _decoder_folder(folder: Path) -> Path:
-    """The base LM that an AutoRegEmbed checkpoint names; any other folder is a language model itself."""
+def decoder_folder(model: str | Path) -> Path:
+    """The folder of the base LM that an AutoRegEmbed checkpoint names; any other model is a language model itself.
+
+    FileNotFoundError lists what would work; ValueError if a checkpoint names no decoder.
+    """
+    folder = resolve_folder(model)
     file = folder / CONFIG_NAME
     if not file.exists():
         return folder

@@ -7,12 +7,13 @@
 Every score above 0 counts as relevant, with its grade for nDCG.
 """
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
+
+from autoregembed_rag.training.data import numbered_rows
 
 HUB_SPLITS = {"msmarco": "validation"}  # its judgements for "test" are TREC DL 2019's, another task
 
@@ -139,20 +140,12 @@ def _missing(file: Path, folder: Path) -> str:
 
 def _json_lines(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each line's place ("FILE, line N") and object."""
-    with file.open(encoding="utf-8") as lines:
-        for number, line in enumerate(
-            tqdm(lines, desc=f"reading {file.name}", unit="line", delay=2), start=1
-        ):
-            if not line.strip():
-                continue
-            where = f"{file}, line {number}"
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise BenchmarkDataError(f"{where}: not JSON ({error.msg})") from error
-            if not isinstance(row, dict):
-                raise BenchmarkDataError(f"{where}: a JSON object is needed, not {type(row).__name__}")
-            yield where, row
+    rows = tqdm(numbered_rows(file), desc=f"reading {file.name}", unit="line", delay=2)
+    try:
+        for number, row in rows:
+            yield f"{file}, line {number}", row
+    except ValueError as error:
+        raise BenchmarkDataError(str(error)) from error
 
 
 def _text(row: dict[str, Any], field: str, where: str, default: str | None = None) -> str:

@@ -12,8 +12,8 @@ from tqdm import tqdm
 from transformers import AutoModel, AutoTokenizer
 
 from autoregembed_rag import AutoRegEncoder
-from autoregembed_rag.config import CONFIG_NAME, AutoRegConfig
-from autoregembed_rag.loading import model_arguments, resolve_folder
+from autoregembed_rag.decoder import decoder_folder
+from autoregembed_rag.loading import load_model, model_arguments
 from autoregembed_rag.prompt import TextTokenizer
 
 MAX_TOKENS = 512
@@ -77,9 +77,9 @@ class MeanPooledModel:
 
         FileNotFoundError lists what would work; ValueError if a checkpoint names no decoder.
         """
-        folder = _base_folder(model)
+        folder = decoder_folder(model)
         self._device, arguments = model_arguments("auto", dtype, "auto", False)
-        self._body = AutoModel.from_pretrained(folder, **arguments).to(self._device).eval()
+        self._body = load_model(AutoModel, folder, arguments).to(self._device)
         tokenizer = AutoTokenizer.from_pretrained(folder)
         self._text = TextTokenizer(tokenizer)
         self._prefix = [] if tokenizer.bos_token_id is None else [int(tokenizer.bos_token_id)]
@@ -115,16 +115,6 @@ class MeanPooledModel:
         hidden = self._body(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state.float()
         mean = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
         return torch.nn.functional.normalize(mean, dim=-1).cpu().numpy()
-
-
-def _base_folder(model: str) -> Path:
-    folder = resolve_folder(model)
-    if not (folder / CONFIG_NAME).is_file():
-        return folder
-    decoder = AutoRegConfig.load(folder / CONFIG_NAME).decoder
-    if decoder is None:
-        raise ValueError(f"{folder} does not record its base LM: pass the base LM's own folder instead")
-    return folder / decoder if (folder / decoder).is_dir() else resolve_folder(decoder)
 
 
 def _hash_folder(folder: Path) -> str:

@@ -58,17 +58,17 @@ def _text(row: Mapping[str, object], field: str) -> str:
 
 def read_compression_rows(path: str | Path) -> list[CompressionRow]:
     """All rows of a JSONL file (also .gz, .zst). ValueError names the file, the line and the field."""
-    return [_parsed(CompressionRow.parse, path, line, row) for line, row in _numbered(path)]
+    return [_parsed(CompressionRow.parse, path, line, row) for line, row in numbered_rows(path)]
 
 
 def read_alignment_rows(path: str | Path) -> list[AlignmentRow]:
     """All rows of a JSONL file (also .gz, .zst). ValueError names the file, the line and the field."""
-    return [_parsed(AlignmentRow.parse, path, line, row) for line, row in _numbered(path)]
+    return [_parsed(AlignmentRow.parse, path, line, row) for line, row in numbered_rows(path)]
 
 
 def read_jsonl(path: str | Path) -> Iterator[dict[str, Any]]:
     """The objects of a JSONL file, plain, .gz or .zst; blank lines are skipped."""
-    return (row for _, row in _numbered(path))
+    return (row for _, row in numbered_rows(path))
 
 
 def _parsed(parse: Any, path: str | Path, line: int, row: dict[str, Any]) -> Any:  # noqa: ANN401
@@ -78,7 +78,8 @@ def _parsed(parse: Any, path: str | Path, line: int, row: dict[str, Any]) -> Any
         raise ValueError(f"{path}, line {line}: {error}") from None
 
 
-def _numbered(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def numbered_rows(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The objects of a JSONL file with their line numbers, from 1; ValueError names file and line."""
     with _open_text(Path(path)) as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
@@ -88,7 +89,7 @@ def _numbered(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
             except json.JSONDecodeError as error:
                 raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
             if not isinstance(row, dict):
-                raise ValueError(f"{path}, line {number}: expected an object, found {type(row).__name__}")
+                raise ValueError(f"{path}, line {number}: a JSON object is needed, not {type(row).__name__}")
             yield number, row
 
 

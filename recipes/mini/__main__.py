@@ -142,7 +142,7 @@ class Recipe:
             self._decoder(),
             data.pairs(self.corpus, self.seed, self.size.align_rows),
             output,
-            AlignmentArguments(learning_rate=2e-5, epochs=1, seed=self.seed, save_steps=self.size.save_steps),
+            AlignmentArguments(epochs=1, seed=self.seed, save_steps=self.size.save_steps),
         )
 
     def contrast(self, output: Path) -> None:
@@ -150,7 +150,7 @@ class Recipe:
             self._encoder("aligned"),
             data.pairs(self.corpus, self.seed),
             StageArguments(
-                learning_rate=5e-4,
+                learning_rate=3e-4,
                 batch_size=self.size.contrast_batch,
                 max_steps=self.size.contrast_steps,
                 seed=self.seed,

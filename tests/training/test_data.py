@@ -49,7 +49,7 @@ def test_negatives_may_be_missing_one_text_or_a_list(tmp_path):
     ("line", "complaint"),
     [
         ("{not json", "not JSON"),
-        ("[1, 2]", "expected an object, found list"),
+        ("[1, 2]", "a JSON object is needed, not list"),
         ('{"query": "q"}', "field 'pos' is missing"),
         ('{"query": "q", "pos": 3}', "field 'pos' must be a text, not int"),
         ('{"query": " ", "pos": "p"}', "field 'query' is empty"),
