@@ -8,6 +8,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+try:
+    import accelerate  # noqa: F401
+except ImportError as error:
+    raise ImportError('training needs accelerate: pip install "autoregembed-rag[train]"') from error
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler

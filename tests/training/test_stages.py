@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -292,3 +294,11 @@ def test_the_command_line_trains_both_stages(tiny_base, tmp_path):
     )
     assert bad.exit_code == 2
     assert "line 1: field 'query' is missing" in bad.output
+
+
+def test_without_accelerate_the_error_says_what_to_install(monkeypatch):
+    name = "autoregembed_rag.training.trainer"
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(ImportError, match=r'pip install "autoregembed-rag\[train\]"'):
+        importlib.import_module(name)
