@@ -21,19 +21,24 @@ VECTORS = np.random.default_rng(0).normal(size=(40, 16)).astype(np.float32)
 
 # Adds and deletes batches for ever; says what it is about to do, and then that it is done.
 WRITER = """
+import os
 import sys
 import numpy as np
 from autoregembed_indexes import DocumentIndex
+
+def say(what, batch):
+    os.write(1, f"{what} {batch}\\n".encode())  # one write: a kill cannot cut a line in two
+
 index = DocumentIndex.open(sys.argv[1])
 for batch in range(int(sys.argv[2]), 10**6):
     ids = [f"{batch}-{i}" for i in range(20)]
-    print("add", batch, flush=True)
+    say("add", batch)
     index.add(np.random.default_rng(batch).normal(size=(20, 16)), [f"text {i}" for i in ids], ids)
-    print("added", batch, flush=True)
+    say("added", batch)
     if batch % 3 == 2:
-        print("delete", batch - 1, flush=True)
+        say("delete", batch - 1)
         index.delete([f"{batch - 1}-{i}" for i in range(20)])
-        print("deleted", batch - 1, flush=True)
+        say("deleted", batch - 1)
 """
 
 
