@@ -85,7 +85,7 @@ def load_hub(name: str, split: str | None = None) -> RetrievalSet:
     ) as error:  # offline, unknown name, unknown split: `datasets` has no common class
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise BenchmarkDataError(
-            f"cannot load BeIR/{name} (split {split!r}) from the Hugging Face hub: {reason} "
+            f"cannot load BeIR/{name} (split {split!r}) from the Hugging Face hub: {reason}. "
             "With no network, download the set elsewhere and pass its folder with --data-dir DIR "
             "(corpus.jsonl, queries.jsonl, qrels/SPLIT.tsv)"
         ) from error
