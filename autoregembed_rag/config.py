@@ -69,7 +69,10 @@ class AutoRegConfig:
 
     @classmethod
     def load(cls, file: str | Path) -> AutoRegConfig:
-        """Read an `autoregembed.json`; ValueError names an unknown format or field."""
+        """Read an `autoregembed.json`, a decoder inside its folder by its full path.
+
+        ValueError names an unknown format or field.
+        """
         try:
             record: dict[str, Any] = dict(json.loads(Path(file).read_text(encoding="utf-8")))
         except (ValueError, TypeError) as error:
@@ -83,7 +86,9 @@ class AutoRegConfig:
         known = {field.name for field in fields(cls)}
         if unknown := sorted(record.keys() - known):
             raise ValueError(f"{file} has unknown fields {unknown}; known are {sorted(known)}")
-        return cls(**record)
+        config = cls(**record)
+        inside = None if config.decoder is None else Path(file).parent / config.decoder
+        return replace(config, decoder=str(inside.resolve())) if inside and inside.is_dir() else config
 
     def relative_to(self, folder: Path) -> AutoRegConfig:
         """With a decoder inside `folder` named relative to it, so that the folder can move."""
@@ -93,17 +98,14 @@ class AutoRegConfig:
 
 
 def recorded_config(folder: Path, vocabulary: Mapping[str, int]) -> AutoRegConfig:
-    """What the checkpoint in `folder` records, a decoder inside it by its full path.
+    """What the checkpoint in `folder` records.
 
     Without an `autoregembed.json` (the paper's own checkpoints): the defaults, and k by the `<EMBEDi>` in the
     vocabulary; ValueError if there are none.
     """
     file = folder / CONFIG_NAME
     if file.exists():
-        config = AutoRegConfig.load(file)
-        if config.decoder is not None and (folder / config.decoder).is_dir():
-            config = replace(config, decoder=str((folder / config.decoder).resolve()))
-        return config
+        return AutoRegConfig.load(file)
     k = next(i for i in range(len(vocabulary) + 1) if f"<EMBED{i}>" not in vocabulary)
     if k == 0:
         raise ValueError(

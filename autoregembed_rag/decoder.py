@@ -250,4 +250,4 @@ def decoder_folder(model: str | Path) -> Path:
             f"{file} does not name its decoder: pass the base language model to FrozenDecoder.from_pretrained, "
             'or write its folder or hub id there under "decoder"'
         )
-    return folder / decoder if (folder / decoder).is_dir() else resolve_folder(decoder)
+    return resolve_folder(decoder)

@@ -147,7 +147,10 @@ class PromptBuilder:
 
     def max_text_tokens(self, instruction: str) -> int:
         """Tokens of text that fit beside `instruction`; ValueError if none do."""
-        room = self._max_length - len(self._prefix) - len(self._suffix(instruction))
+        return self._room(self._suffix(instruction))
+
+    def _room(self, suffix: list[int]) -> int:
+        room = self._max_length - len(self._prefix) - len(suffix)
         if room < 1:
             raise ValueError(
                 f"the instruction leaves no room for text within max_length={self._max_length}: "
@@ -162,7 +165,7 @@ class PromptBuilder:
     def build(self, texts: Sequence[str], instruction: str) -> Prompts:
         """Prompts for `texts` under `instruction`; the last k ids of every row are the compressed tokens."""
         suffix = self._suffix(instruction)
-        room = self.max_text_tokens(instruction)
+        room = self._room(suffix)
         rows = self._text.encode(texts, limit=room)
         ids = [self._prefix + row[:room] + suffix for row in rows]
         return Prompts(ids, sum(len(row) > room for row in rows))

@@ -14,7 +14,7 @@ from transformers import AutoModel, AutoTokenizer
 from autoregembed_rag import AutoRegEncoder
 from autoregembed_rag.decoder import decoder_folder
 from autoregembed_rag.loading import load_model, model_arguments
-from autoregembed_rag.prompt import TextTokenizer
+from autoregembed_rag.prompt import TextTokenizer, pad_right
 
 MAX_TOKENS = 512
 BATCH_SIZE = 32
@@ -108,8 +108,7 @@ class MeanPooledModel:
 
     @torch.inference_mode()
     def _encode(self, rows: list[list[int]]) -> np.ndarray:
-        lengths = torch.tensor([len(row) for row in rows])
-        ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+        ids, lengths = pad_right(rows)
         mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
         ids, mask = ids.to(self._device), mask.to(self._device)
         hidden = self._body(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state.float()

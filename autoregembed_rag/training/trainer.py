@@ -20,7 +20,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from ..decoder import FrozenDecoder
 from ..encoder import AutoRegEncoder, compressed_states
-from ..loading import resolve_dtype
+from ..loading import load_model, resolve_dtype
 from ..prompt import pad_right
 from .arguments import StageArguments, newest_checkpoint
 
@@ -133,7 +133,7 @@ class StageTrainer(Trainer):
         self.encoder.save_pretrained(output_dir or str(self.args.output_dir))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:  # noqa: ARG002
-        saved = AutoModel.from_pretrained(resume_from_checkpoint, dtype=torch.float32)
+        saved = load_model(AutoModel, Path(resume_from_checkpoint), {"dtype": torch.float32})
         self.encoder.model.load_state_dict(saved.state_dict())
 
 
