@@ -1,36 +1,35 @@
 """DocumentIndex: documents and their vectors, in a folder or in memory."""
 
-import json
-import operator
+import logging
 import os
-import threading
-import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import numpy as np
 from numpy.typing import ArrayLike
 
+from autoregembed_indexes.copies import VectorCopy, import_faiss
+from autoregembed_indexes.database import DATABASE_NAME
 from autoregembed_indexes.errors import DocumentIndexError
-from autoregembed_indexes.flat import FlatCopy, import_faiss
+from autoregembed_indexes.kinds import DEFAULT_MEMORY_BUDGET
+from autoregembed_indexes.lexical import DEFAULT_TOKENIZER
 from autoregembed_indexes.lock import LOCK_NAME, WriterLock
 from autoregembed_indexes.records import (
-    Document,
-    Hit,
-    check_ids,
     prepare_ids,
     prepare_metadatas,
     prepare_texts,
 )
-from autoregembed_indexes.settings import State, check_added, check_opened, check_query, new_state
-from autoregembed_indexes.store import DATABASE_NAME, DocumentStore, create_store, open_store
-from autoregembed_indexes.vectors import Float32, as_matrix, normalise, round_for_storage
+from autoregembed_indexes.searching import SearchableIndex, id_list
+from autoregembed_indexes.settings import State, check_added, check_opened, new_state
+from autoregembed_indexes.store import create_store, open_store
+from autoregembed_indexes.vectors import as_matrix, round_for_storage
+
+logger = logging.getLogger(__name__)
 
 
-class DocumentIndex:
+class DocumentIndex(SearchableIndex):
     """A searchable collection of documents; make one with `create` or `open`.
 
     An index with a path is a folder. When `add` or `delete` returns, the change is on disk; when they raise,
@@ -39,17 +38,6 @@ class DocumentIndex:
     keeps the path, and the copy opens read-only. Close it, or use it in a `with` block. Like a list, an index
     is falsy while empty.
     """
-
-    def __init__(
-        self, store: DocumentStore, lock: WriterLock | None, path: Path | None, *, read_only: bool
-    ) -> None:
-        self._store = store
-        self._path = path
-        self._read_only = read_only
-        self._copies: dict[int, FlatCopy] = {}
-        self._mutex = threading.RLock()
-        self._pid = os.getpid()
-        self._release = weakref.finalize(self, _release, store, lock, self._pid)
 
     @classmethod
     def create(
@@ -60,17 +48,26 @@ class DocumentIndex:
         factory: str = "auto",
         encoder: str | None = None,
         tokens: int | None = None,
+        tokenizer: str = DEFAULT_TOKENIZER,
+        memory_budget: int = DEFAULT_MEMORY_BUDGET,
     ) -> "DocumentIndex":
         """Make an empty index in the folder `path`, which is new or empty, or in memory when `path` is None.
 
-        `dimension` is taken from the first `add` when None. `factory` says how vectors are searched: "flat"
-        is exact, and "auto" chooses. `encoder` is the fingerprint of the encoder that the vectors come from.
-        `tokens` is the number k of compressed tokens of a flattened embedding: it allows queries of the first
-        j < k.
+        Args:
+            path: a folder, or None.
+            dimension: entries of a vector; None takes it from the first `add`.
+            factory: how vectors are searched, as FAISS writes it: "Flat" (float32) and "SQfp16" are exact;
+                "IVF1024,Flat", "IVF1024,SQ8" and "IVF1024,RaBitQ" (RaBitQ2 ... RaBitQ9: more bits) visit some
+                of 1024 lists and rank what they find by the stored vectors; "IVF,SQ8" chooses the number of
+                lists. "auto" is exact while that fits the memory budget.
+            encoder: fingerprint of the encoder that the vectors come from.
+            tokens: the number k of compressed tokens of a flattened embedding; allows queries of the first j < k.
+            tokenizer: FTS5's, for search by text; "trigram" for languages without spaces.
+            memory_budget: bytes that "auto" may use for vectors, 1 GiB by default.
 
         Raises FileExistsError when there is something else, or another index, at `path`.
         """
-        state = new_state(factory, dimension, tokens, encoder)
+        state = new_state(factory, dimension, tokens, encoder, tokenizer, memory_budget)
         import_faiss()
         if path is None:
             return cls(create_store(None, state), None, None, read_only=False)
@@ -116,13 +113,15 @@ class DocumentIndex:
             lock = None if read_only else WriterLock(folder)
             if lock:
                 on_error.callback(lock.release)
+                for leftover in folder.glob("vectors-*.faiss.new"):  # of a process that was killed
+                    leftover.unlink()
             store = open_store(folder, read_only=read_only)
             on_error.callback(store.close)
             index = cls(store, lock, folder, read_only=read_only)
             with index._session() as state:
                 check_opened(str(folder), state, dimension, encoder)
                 if state.dimension is not None:
-                    index._copy(state.dimension, state.dimension)
+                    index._copy(state, state.dimension)
             on_error.pop_all()
         return index
 
@@ -153,132 +152,117 @@ class DocumentIndex:
         prepared_texts = prepare_texts(texts, prepared_ids)
         prepared_metadatas = prepare_metadatas(metadatas, prepared_ids)
         rounded = round_for_storage(matrix, prepared_ids)
-        with self._session(write=True) as state:
-            if not prepared_ids:
-                return []
-            check_added(matrix.shape[1], state)
-            self._store.upsert(prepared_ids, prepared_texts, prepared_metadatas, rounded)
+        with self._mutex:
+            with self._session(write=True) as state:
+                if not prepared_ids:
+                    return []
+                check_added(matrix.shape[1], state)
+                rows = self._store.upsert(prepared_ids, prepared_texts, prepared_metadatas, rounded)
+            copy = self._current_copy(state, matrix.shape[1])
+            if copy is not None:
+                with self._dropping(copy):
+                    copy.apply(state.version + 1, rows, rounded)
+                self._fold_where_due()
         return prepared_ids
 
     def delete(self, ids: Sequence[str]) -> int:
         """Delete documents by id, and return how many there were; unknown ids are fine."""
-        wanted = _id_list(ids)
-        with self._session(write=True):
-            return self._store.delete(wanted)
+        wanted = id_list(ids)
+        with self._mutex:
+            with self._session(write=True) as state:
+                rows = self._store.delete(wanted)
+            copy = self._current_copy(state, state.dimension)
+            if copy is not None and len(rows):
+                with self._dropping(copy):
+                    copy.apply_deletion(state.version + 1, rows)
+        return len(rows)
 
     def clear(self) -> int:
         """Delete every document, and return how many there were; dimension and encoder stay."""
         with self._session(write=True):
             return self._store.delete_all()
 
-    def get(self, ids: Sequence[str]) -> list[Document]:
-        """Return the documents with these ids, in this order, leaving out ids that are not there."""
-        wanted = _id_list(ids)
-        with self._session():
-            found = self._store.documents_by_id(dict.fromkeys(wanted))
-        return [
-            Document(doc_id, found[doc_id][0], json.loads(found[doc_id][1]))
-            for doc_id in wanted
-            if doc_id in found
-        ]
+    def create_metadata_index(self, key: str) -> None:
+        """Make filters on a metadata key fast: ==, $in and order; "a.b" is the key b of the object a.
 
-    def ids(self, filter: Mapping[str, Any] | None = None) -> list[str]:  # noqa: A002
-        """Return the ids of all documents, or of those that match `filter` (see `search`), oldest first."""
-        with self._session():
-            return self._store.ids_where(filter)
-
-    def vectors(self, ids: Sequence[str]) -> Float32:
-        """Return the vectors of these documents as unit rows, float32 [n, dimension].
-
-        Raises KeyError for an id that is not there.
+        It costs a little at each `add`. A key that has an index already is fine.
         """
-        wanted = _id_list(ids)
-        with self._session() as state:
-            found = self._store.vectors_by_id(dict.fromkeys(wanted))
-            missing = [doc_id for doc_id in wanted if doc_id not in found]
-            if missing:
-                raise KeyError(f"no document has the id {missing[0]!r}")
-            dimension = state.dimension or 0
-            return self._store.unit_vectors([found[doc_id] for doc_id in wanted], dimension, dimension)
+        with self._session(write=True):
+            self._store.index_metadata(key)
 
-    def search(
-        self,
-        vectors: ArrayLike,
-        k: int = 10,
-        filter: Mapping[str, Any] | None = None,  # noqa: A002
-        *,
-        ids: Sequence[str] | None = None,
-    ) -> list[list[Hit]]:
-        """Return, for each query vector of [n, dimension], the k documents of highest cosine, best first.
+    def drop_metadata_index(self, key: str) -> bool:
+        """Undo `create_metadata_index`; tells whether there was one."""
+        with self._session(write=True):
+            return self._store.drop_metadata_index(key)
 
-        `filter` is {metadata key: value, ...}, all of which must be equal; only documents that match are
-        ranked. Values compare by JSON type: true is not 1, and None matches a null but not a missing key.
-        `ids` limits the search to these documents; unknown ids are fine. Fewer than k come back only when fewer
-        than k match. Where the index records its number of tokens k, a
-        query may be the first j of k vectors of a flattened embedding, and is compared with the same part of
-        each document.
-
-        Raises IndexMismatchError for vectors of another dimension, ValueError for k < 1 and for vectors with
-        NaN, infinity or nothing but zeros, TypeError or ValueError for a filter that is not an equality.
-        """
-        matrix = as_matrix(vectors, "query vectors")
-        k = operator.index(k)
-        if k < 1:
-            raise ValueError(f"k must be at least 1, got {k}")
-        named = None if ids is None else _id_list(ids)
-        with self._session() as state:
-            among = self._store.rows_where(filter) if filter else None
-            if named is not None:
-                rows_named = self._store.rows_by_id(dict.fromkeys(named))
-                among = rows_named if among is None else np.intersect1d(among, rows_named, assume_unique=True)
-            if state.dimension is None or len(matrix) == 0:
-                return [[] for _ in matrix]
-            width = matrix.shape[1]
-            check_query(width, state.dimension, state.tokens)
-            queries = normalise(matrix, [f"query vectors[{position}]" for position in range(len(matrix))])
-            scores, rows = self._copy(state.dimension, width).search(queries, k, among)
-            found = self._store.documents_by_row(np.unique(rows).tolist())
-        if len(found) < len(np.unique(rows)):
-            raise self._store.damage("there are vectors without a document")
-        return [
-            [_hit(found[row], score) for row, score in zip(row_list, score_list, strict=True)]
-            for row_list, score_list in zip(rows.tolist(), scores.tolist(), strict=True)
-        ]
-
-    def __len__(self) -> int:
-        """Count the documents."""
+    @property
+    def metadata_indexes(self) -> list[str]:
+        """The metadata keys whose filters are fast."""
         with self._session():
-            return self._store.count()
+            return self._store.metadata_keys()
 
-    @property
-    def path(self) -> Path | None:
-        """The folder, or None in memory."""
-        return self._path
-
-    @property
-    def dimension(self) -> int | None:
-        """The number of entries of a vector; None before the first `add` of an index made without it."""
+    def refresh(self) -> None:
+        """Read what other processes have committed now, so that the next search need not."""
         with self._session() as state:
-            return state.dimension
+            for width in list(self._copies):
+                self._copy(state, width)
 
-    @property
-    def encoder(self) -> str | None:
-        """The fingerprint of the encoder that the vectors come from, where it was given."""
-        with self._session() as state:
-            return state.encoder
+    def snapshot(self) -> None:
+        """Write the FAISS index to the folder, so that opening maps it; `close` does so when much has changed."""
+        with self._writing() as state:
+            for width in list(self._copies):
+                copy = self._copy(state, width)
+                with self._dropping(copy):
+                    copy.fold(self._store, state)
 
-    @property
-    def tokens(self) -> int | None:
-        """The number of compressed tokens that a vector is made of, where it was given."""
+    def compact(self) -> None:
+        """Make files as small and searches as fast as they can be: drop what is deleted, merge, rewrite.
+
+        Takes time and, for a while, as much disk again. Raises DocumentIndexError when the disk is full.
+        """
+        with self._mutex:
+            self.snapshot()
+            self._store.tidy()
+
+    def verify(self) -> list[str]:
+        """Check everything that can be checked, and return what is wrong in words, [] when nothing is.
+
+        Reads the whole database: SQLite's own structures, each checksum, the words, the snapshot's checksums, and
+        whether a sample of documents is found by its own vectors. A damaged snapshot is rebuilt at the next opening;
+        a damaged database needs a copy.
+        """
         with self._session() as state:
-            return state.tokens
+            problems = self._store.problems(writable=not self._read_only)
+            if not problems and state.dimension is not None:
+                problems = self._copy(state, state.dimension).problems(self._store)
+        return problems
+
+    def info(self) -> dict[str, Any]:
+        """Say what the index is: its settings, what it holds, and how it searches."""
+        with self._session() as state:
+            copy = None if state.dimension is None else self._copy(state, state.dimension)
+            return {
+                "path": None if self._path is None else str(self._path),
+                "documents": self._store.count(),
+                "dimension": state.dimension,
+                "tokens": state.tokens,
+                "encoder": state.encoder,
+                "factory": state.factory,
+                "kind": None if copy is None else str(copy.kind),
+                "pending": 0 if copy is None else copy.pending,
+                "snapshot": None if copy is None or copy.snapshot is None else copy.snapshot.path.name,
+                "metadata_indexes": self._store.metadata_keys(),
+                "tokenizer": state.tokenizer,
+                "memory_budget": state.memory_budget,
+                "version": state.version,
+                "bytes": _folder_bytes(self._path),
+            }
 
     def close(self) -> None:
         """Close the index, for good if it is in memory; closing twice is fine."""
         if os.getpid() != self._pid:
             return  # a fork has nothing of its own to close, and its mutex may never be released
         with self._mutex:
-            self._copies.clear()
             self._release()
 
     def __enter__(self) -> "DocumentIndex":
@@ -294,61 +278,37 @@ class DocumentIndex:
             raise TypeError("an index in memory cannot be pickled; create it with a path")
         return _open_read_only, (str(self._path),)
 
-    def __repr__(self) -> str:
-        return f"<DocumentIndex {self._name}{' (read-only)' if self._read_only else ''}>"
-
-    @property
-    def _name(self) -> str:
-        return str(self._path) if self._path else "in memory"
-
     @contextmanager
-    def _session(self, *, write: bool = False) -> Iterator[State]:
-        """Run the block in one transaction, alone among threads."""
-        if os.getpid() != self._pid:
-            raise DocumentIndexError(
-                f"{self!r} was opened in process {self._pid} and cannot be used in its fork {os.getpid()}; "
-                "open it again there with DocumentIndex.open(path, read_only=True)"
-            )
-        with self._mutex:
-            if not self._release.alive:
-                raise DocumentIndexError(f"{self!r} is closed; open it again with DocumentIndex.open")
-            if write and self._read_only:
-                raise DocumentIndexError(f"{self!r} cannot be changed; open it without read_only")
-            with self._store.transaction(write=write):
-                yield self._store.state()
+    def _writing(self) -> Iterator[State]:
+        """A session that reads the database but changes the folder."""
+        if self._read_only:
+            raise DocumentIndexError(f"{self!r} cannot be changed; open it without read_only")
+        with self._session() as state:
+            yield state
 
-    def _copy(self, dimension: int, width: int) -> FlatCopy:
-        """The FAISS copy of the vectors cut to `width`, made at its first use, as of this transaction."""
-        copy = self._copies.pop(width, None) or FlatCopy(dimension, width)
-        copy.catch_up(self._store)
-        self._copies[width] = copy  # only now: a copy that failed half way is gone
-        return copy
+    def _current_copy(self, state: State, width: int | None) -> VectorCopy | None:
+        """The copy that was up to date before the write that `state` precedes; of a new index, an empty one."""
+        if width is None:
+            return None
+        if state.version == 0:
+            self._copies[width] = VectorCopy(width, width, self._path, read_only=self._read_only)
+        copy = self._copies.get(width)
+        return copy if copy is not None and copy.version == state.version else None
 
-
-def _release(store: DocumentStore, lock: WriterLock | None, pid: int) -> None:
-    """Close what an index holds, unless this is a fork: there it belongs to the parent."""
-    if os.getpid() != pid:
-        return
-    store.close()
-    if lock is not None:
-        lock.release()
+    def _fold_where_due(self) -> None:
+        with self._session() as state:
+            for copy in list(self._copies.values()):
+                if copy.version == state.version:
+                    with self._dropping(copy):
+                        copy.fold_if_worth_it(self._store, state, closing=False)
 
 
 def _open_read_only(path: str) -> DocumentIndex:
     return DocumentIndex.open(path, read_only=True)
 
 
-def _hit(document: tuple[str, str, str], score: float) -> Hit:
-    doc_id, text, metadata = document
-    return Hit(doc_id, score, text, json.loads(metadata))
-
-
-def _id_list(ids: Sequence[str]) -> list[str]:
-    if isinstance(ids, str):
-        raise TypeError("ids must be a list of ids, got str")
-    wanted = list(ids)
-    check_ids(wanted)
-    return wanted
+def _folder_bytes(folder: Path | None) -> int | None:
+    return None if folder is None else sum(item.stat().st_size for item in folder.iterdir() if item.is_file())
 
 
 def _check_vacant(folder: Path) -> None:

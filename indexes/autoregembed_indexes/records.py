@@ -104,8 +104,25 @@ def _metadata_json(metadata: Mapping[str, Any] | None, doc_id: str) -> str:
     if not isinstance(metadata, Mapping):
         raise TypeError(f"the metadata of id {doc_id!r} must be a dict, got {type(metadata).__name__}")
     plain = dict(metadata)
-    _check_json(plain, doc_id, ())
+    if not _is_plainly_json(plain):
+        _check_json(plain, doc_id, ())
     return to_json(plain)
+
+
+def _is_plainly_json(metadata: dict[Any, Any]) -> bool:
+    """Tell in a hurry that metadata is JSON: text keys that are ASCII, and values that need no closer look."""
+    return all(
+        type(key) is str
+        and key.isascii()
+        and (
+            (type(value) is str and value.isascii())
+            or (type(value) is int and abs(value) < 2**63)
+            or (type(value) is float and math.isfinite(value))
+            or value is None
+            or type(value) is bool
+        )
+        for key, value in metadata.items()
+    )
 
 
 def _check_json(value: object, doc_id: str, keys: tuple[str, ...]) -> None:

@@ -1,41 +1,60 @@
 """What an index is made for, and whether vectors fit it."""
 
 import operator
+import uuid
 from typing import NamedTuple
 
 from autoregembed_indexes.errors import IndexMismatchError
-
-FACTORIES = ("auto", "flat")
+from autoregembed_indexes.kinds import check_factory
 
 
 class State(NamedTuple):
     """The settings of an index, and the version that its last change and its last deletion gave it."""
 
+    name: str
     factory: str
     dimension: int | None
     tokens: int | None
     encoder: str | None
+    tokenizer: str
+    memory_budget: int
     version: int = 0
     deleted: int = 0
 
 
-def new_state(factory: str, dimension: int | None, tokens: int | None, encoder: str | None) -> State:
-    """Check the settings of an index to be made."""
-    if factory not in FACTORIES:
-        raise ValueError(
-            f"factory {factory!r} is not supported; use one of {', '.join(map(repr, FACTORIES))}"
-        )
+def new_state(
+    factory: str,
+    dimension: int | None,
+    tokens: int | None,
+    encoder: str | None,
+    tokenizer: str,
+    memory_budget: int,
+) -> State:
+    """Check the settings of an index to be made, and give it a name that no other index has."""
     if encoder is not None and not isinstance(encoder, str):
         raise TypeError(f"encoder must be a fingerprint (str) or None, got {type(encoder).__name__}")
-    state = State(factory, _at_least_one("dimension", dimension), _at_least_one("tokens", tokens), encoder)
-    if state.dimension is not None and state.tokens is not None and state.dimension % state.tokens:
-        raise ValueError(f"dimension {dimension} is not made of {tokens} tokens of equal width")
+    if not isinstance(tokenizer, str):
+        raise TypeError(f"tokenizer must be a str, got {type(tokenizer).__name__}")
+    state = State(
+        uuid.uuid4().hex,
+        check_factory(factory),
+        None if dimension is None else _at_least_one("dimension", dimension),
+        None if tokens is None else _at_least_one("tokens", tokens),
+        encoder,
+        tokenizer,
+        _at_least_one("memory_budget", memory_budget),
+    )
+    if state.dimension is not None:
+        _check_tokens(state.dimension, state.tokens)
     return state
 
 
-def _at_least_one(name: str, value: int | None) -> int | None:
-    if value is None:
-        return None
+def _check_tokens(dimension: int, tokens: int | None) -> None:
+    if tokens is not None and dimension % tokens:
+        raise ValueError(f"dimension {dimension} is not made of {tokens} tokens of equal width")
+
+
+def _at_least_one(name: str, value: int) -> int:
     size = operator.index(value)
     if size < 1:
         raise ValueError(f"{name} must be at least 1, got {size}")
@@ -56,7 +75,7 @@ def check_opened(name: str, state: State, dimension: int | None, encoder: str | 
 def check_added(width: int, state: State) -> None:
     """Raise unless vectors of dimension `width` can be added."""
     if state.dimension is None:
-        new_state(state.factory, width, state.tokens, state.encoder)
+        _check_tokens(_at_least_one("dimension", width), state.tokens)
     elif width != state.dimension:
         raise IndexMismatchError(f"vectors have dimension {width}, the index has dimension {state.dimension}")
 

@@ -1,55 +1,40 @@
-"""The truth: one SQLite database with the documents, their metadata and their vectors.
+"""The truth: documents, their metadata, their words and their vectors, in one SQLite database.
 
 Every write takes the next `version`, and a vector carries the version that last changed it, so that a copy of
 the vectors can catch up by reading what is newer than itself. `deleted` is the version of the last deletion.
-Vectors have their own table: a filter scans metadata without reading them. Row numbers are never used twice.
+Row numbers are never used twice. Documents and vectors carry checksums, which SQLite's pages do not.
 """
 
-import os
+import json
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from autoregembed_indexes.errors import DocumentIndexError, IndexDamagedError
-from autoregembed_indexes.filters import compile_filter, register_functions
+from autoregembed_indexes.database import DATABASE_NAME, create_database, damage, describe, open_database
+from autoregembed_indexes.errors import IndexDamagedError
+from autoregembed_indexes.filters import compile_filter, index_expression
+from autoregembed_indexes.lexical import match_expression
 from autoregembed_indexes.settings import State
 from autoregembed_indexes.vectors import CHUNK_BYTES, Float16, Float32, stored_to_unit
 
-DATABASE_NAME = "documents.sqlite"
-APPLICATION_ID = 0x41524547
-FORMAT_VERSION = 1
-MIN_SQLITE = (3, 35)
 MAX_PARAMETERS = 500
 
 Rows = NDArray[np.int64]
-
-_SCHEMA = """
-CREATE TABLE state (
-    factory TEXT NOT NULL, dimension INTEGER, tokens INTEGER, encoder TEXT,
-    version INTEGER NOT NULL DEFAULT 0, deleted INTEGER NOT NULL DEFAULT 0
-);
-CREATE TABLE documents (
-    row INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, metadata TEXT NOT NULL, text TEXT NOT NULL
-);
-CREATE TABLE vectors (row INTEGER PRIMARY KEY, version INTEGER NOT NULL, vector BLOB NOT NULL);
-CREATE INDEX vectors_by_version ON vectors(version);
-CREATE TRIGGER vector_follows_document AFTER DELETE ON documents
-    BEGIN DELETE FROM vectors WHERE row = old.row; END;
-"""
+Filter = Mapping[str, Any] | Callable[[dict[str, Any]], bool]
 
 
 class DocumentStore:
-    """A connection to the database; every method but `transaction` and `close` runs inside a transaction."""
+    """A connection to the database; every method but `transaction`, `tidy` and `close` runs in a transaction."""
 
     def __init__(self, connection: sqlite3.Connection, name: str) -> None:
         self._db = connection
         self._name = name
-        register_functions(connection)
 
     @contextmanager
     def transaction(self, *, write: bool) -> Iterator[None]:
@@ -72,13 +57,11 @@ class DocumentStore:
 
     def damage(self, what: str) -> IndexDamagedError:
         """Make the error for a database that contradicts itself."""
-        return _damage(self._name, what)
+        return damage(self._name, what)
 
     def state(self) -> State:
         """Read what the index is now."""
-        found = self._db.execute(
-            "SELECT factory, dimension, tokens, encoder, version, deleted FROM state"
-        ).fetchone()
+        found = self._db.execute("SELECT * FROM state").fetchone()
         if found is None:
             raise self.damage("its settings are missing")
         return State(*found)
@@ -87,101 +70,240 @@ class DocumentStore:
         """Count the documents."""
         return int(self._db.execute("SELECT count(*) FROM documents").fetchone()[0])
 
-    def upsert(self, ids: list[str], texts: list[str], metadatas: list[str], vectors: Float16) -> None:
-        """Write whole documents, replacing those whose id is there."""
-        (version,) = self._db.execute(
-            "UPDATE state SET version = version + 1, dimension = ? RETURNING version", (vectors.shape[1],)
-        ).fetchone()
+    def upsert(self, ids: list[str], texts: list[str], metadatas: list[str], vectors: Float16) -> Rows:
+        """Write whole documents, replacing those whose id is there, and return their rows."""
+        version = self._next_version()
+        self._db.execute("UPDATE state SET dimension = ?", (vectors.shape[1],))
+        known = dict(self._select("id, row", "id", ids))
+        (last,) = self._db.execute("SELECT coalesce(max(row), 0) FROM documents").fetchone()
+        fresh, replaced = [], []
+        for doc_id, metadata, text in zip(ids, metadatas, texts, strict=True):
+            values = (metadata, text, _checksum(doc_id, metadata, text))
+            if doc_id in known:
+                replaced.append((*values, known[doc_id]))
+            else:
+                fresh.append((doc_id, *values))
+        # Words are written in bulk, which FTS5 does several times faster than a trigger for each row.
+        self._forget_words(known.values())
         # Not REPLACE, which would give the document a new row and lose its place.
         self._db.executemany(
-            "INSERT INTO documents(id, metadata, text) VALUES (?, ?, ?) "
-            "ON CONFLICT(id) DO UPDATE SET metadata = excluded.metadata, text = excluded.text",
-            zip(ids, metadatas, texts, strict=True),
+            "UPDATE documents SET metadata = ?, text = ?, checksum = ? WHERE row = ?", replaced
         )
-        little_endian = vectors.astype("<f2", copy=False)
+        self._db.executemany("INSERT INTO documents(id, metadata, text, checksum) VALUES (?, ?, ?, ?)", fresh)
+        added = [
+            row
+            for (row,) in self._db.execute("SELECT row FROM documents WHERE row > ? ORDER BY row", (last,))
+        ]
+        self._db.execute(
+            "INSERT INTO words(rowid, text) SELECT row, text FROM documents WHERE row > ?", (last,)
+        )
+        self._db.execute(
+            "INSERT INTO words(rowid, text) SELECT row, text FROM documents "
+            "WHERE row IN (SELECT value FROM json_each(?))",
+            (json.dumps(list(known.values())),),
+        )
+        known |= zip((values[0] for values in fresh), added, strict=True)
+        rows = [known[doc_id] for doc_id in ids]
+        blobs = (vector.tobytes() for vector in vectors.astype("<f2", copy=False))
         self._db.executemany(
-            "INSERT INTO vectors(row, version, vector) SELECT row, ?, ? FROM documents WHERE id = ? "
-            "ON CONFLICT(row) DO UPDATE SET version = excluded.version, vector = excluded.vector",
-            ((version, vector.tobytes(), doc_id) for vector, doc_id in zip(little_endian, ids, strict=True)),
+            "INSERT INTO vectors(row, version, checksum, vector) VALUES (?, ?, ?, ?) ON CONFLICT(row) DO UPDATE "
+            "SET version = excluded.version, checksum = excluded.checksum, vector = excluded.vector",
+            ((row, version, zlib.crc32(blob), blob) for row, blob in zip(rows, blobs, strict=True)),
         )
+        return np.array(rows, dtype=np.int64)
 
-    def delete(self, ids: Iterable[str]) -> int:
-        """Delete by id, returning how many there were."""
-        count = self._db.executemany(
-            "DELETE FROM documents WHERE id = ?", ((doc_id,) for doc_id in ids)
-        ).rowcount
-        return self._note_deletion(max(0, count))
+    def delete(self, ids: Iterable[str]) -> Rows:
+        """Delete by id, returning the rows of those that were there."""
+        rows = self.rows_by_id(ids)
+        if len(rows):
+            listed = rows.tolist()
+            self._forget_words(listed)
+            for table in ("vectors", "documents"):
+                self._db.execute(
+                    f"DELETE FROM {table} WHERE row IN (SELECT value FROM json_each(?))",  # noqa: S608
+                    (json.dumps(listed),),
+                )
+            self._db.execute("UPDATE state SET deleted = ?", (self._next_version(),))
+        return rows
 
     def delete_all(self) -> int:
         """Delete every document, returning how many there were."""
-        return self._note_deletion(self._db.execute("DELETE FROM documents").rowcount)
-
-    def _note_deletion(self, count: int) -> int:
+        count = self.count()
         if count:
-            self._db.execute("UPDATE state SET version = version + 1, deleted = version + 1")
+            self._db.execute("INSERT INTO words(words) VALUES ('delete-all')")
+            self._db.execute("DELETE FROM vectors")
+            self._db.execute("DELETE FROM documents")
+            self._db.execute("UPDATE state SET deleted = ?", (self._next_version(),))
         return count
 
-    def ids_where(self, where: Mapping[str, Any] | None) -> list[str]:
+    def tidy(self) -> None:
+        """Merge the words' index, rewrite the database without gaps, and empty the write-ahead log."""
+        try:
+            self._db.execute("INSERT INTO words(words) VALUES ('optimize')")
+            self._db.execute("VACUUM")
+            self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        except sqlite3.Error as error:
+            raise describe(error, self._name) from error
+
+    def problems(self, *, writable: bool) -> list[str]:
+        """Check SQLite's structures, the words and every checksum; say what is wrong."""
+        found = [text for (text,) in self._db.execute("PRAGMA integrity_check") if text != "ok"]
+        if found:
+            return found
+        if writable:  # FTS5 takes its check for a write
+            try:
+                self._db.execute("INSERT INTO words(words, rank) VALUES ('integrity-check', 1)")
+            except sqlite3.DatabaseError as error:
+                found.append(f"the index of words does not agree with the texts ({error})")
+        apart = self._db.execute(
+            "SELECT count(*) FROM (SELECT row FROM documents EXCEPT SELECT row FROM vectors)"
+        ).fetchone()[0]
+        if apart or self.count() != self._db.execute("SELECT count(*) FROM vectors").fetchone()[0]:
+            found.append("there are documents without a vector, or vectors without a document")
+        query = "SELECT id, metadata, text, checksum FROM documents"
+        for doc_id, metadata, text, checksum in self._db.execute(query):
+            if checksum != _checksum(doc_id, metadata, text):
+                found.append(f"document {doc_id!r} does not have its checksum")
+        for row, checksum, vector in self._db.execute("SELECT row, checksum, vector FROM vectors"):
+            if checksum != zlib.crc32(vector):
+                found.append(f"the vector in row {row} does not have its checksum")
+        return found
+
+    def _next_version(self) -> int:
+        found = self._db.execute("UPDATE state SET version = version + 1 RETURNING version").fetchall()
+        return int(found[0][0])
+
+    def _forget_words(self, rows: Iterable[int]) -> None:
+        self._db.execute(
+            "INSERT INTO words(words, rowid, text) SELECT 'delete', row, text FROM documents "
+            "WHERE row IN (SELECT value FROM json_each(?))",
+            (json.dumps(list(rows)),),
+        )
+
+    def ids_where(self, where: Filter | None) -> list[str]:
         """The ids of the documents that match a filter, oldest first."""
-        condition, parameters = compile_filter(where)
+        if callable(where):
+            listed = json.dumps(self.rows_where(where).tolist())
+            condition, parameters = "row IN (SELECT value FROM json_each(?))", [listed]
+        else:
+            condition, parameters = compile_filter(where, self.metadata_keys())
         found = self._db.execute(f"SELECT id FROM documents WHERE {condition} ORDER BY row", parameters)  # noqa: S608
         return [doc_id for (doc_id,) in found]
 
-    def rows_where(self, where: Mapping[str, Any] | None) -> Rows:
+    def rows_where(self, where: Filter | None) -> Rows:
         """The rows of the documents that match a filter, ascending."""
-        condition, parameters = compile_filter(where)
+        if where is None:
+            # The index on versions holds the rows and little else.
+            found = self._db.execute("SELECT row FROM vectors INDEXED BY vectors_by_version")
+            return np.sort(np.fromiter((row for (row,) in found), dtype=np.int64))
+        if callable(where):
+            found = self._db.execute("SELECT row, metadata FROM documents ORDER BY row")
+            return np.fromiter(
+                (row for row, metadata in found if where(json.loads(metadata))), dtype=np.int64
+            )
+        condition, parameters = compile_filter(where, self.metadata_keys())
         found = self._db.execute(f"SELECT row FROM documents WHERE {condition} ORDER BY row", parameters)  # noqa: S608
         return np.fromiter((row for (row,) in found), dtype=np.int64)
 
+    def search_words(self, query: str, tokenizer: str, k: int, among: Rows | None) -> list[tuple[int, float]]:
+        """The k rows whose texts match a user's words best: (row, BM25), higher is better."""
+        expression = match_expression(query, tokenizer)
+        if expression is None:
+            return []
+        condition, parameters = "", [expression]
+        if among is not None:
+            # The plus keeps SQLite from asking FTS5 once for every row in the list.
+            condition = "AND +rowid IN (SELECT value FROM json_each(?))"
+            parameters.append(json.dumps(among.tolist()))
+        found = self._db.execute(
+            f"SELECT rowid, -bm25(words) AS score FROM words WHERE words MATCH ? {condition} "  # noqa: S608
+            "ORDER BY score DESC, rowid LIMIT ?",
+            (*parameters, k),
+        )
+        return [(row, score) for row, score in found]
+
+    def metadata_keys(self) -> list[str]:
+        """The keys that have an index, oldest first."""
+        return [key for (key,) in self._db.execute("SELECT key FROM metadata_keys ORDER BY number")]
+
+    def index_metadata(self, key: str) -> None:
+        """Make filters on a key fast."""
+        expression = index_expression(key)
+        if key not in self.metadata_keys():
+            cursor = self._db.execute("INSERT INTO metadata_keys(key) VALUES (?)", (key,))
+            self._db.execute(f"CREATE INDEX metadata_{cursor.lastrowid} ON documents({expression})")
+
+    def drop_metadata_index(self, key: str) -> bool:
+        """Undo `index_metadata`; tells whether there was an index."""
+        found = self._db.execute(
+            "DELETE FROM metadata_keys WHERE key = ? RETURNING number", (key,)
+        ).fetchall()
+        for (number,) in found:
+            self._db.execute(f"DROP INDEX metadata_{int(number)}")
+        return bool(found)
+
     def documents_by_row(self, rows: Iterable[int]) -> dict[int, tuple[str, str, str]]:
         """Map rows to (id, text, metadata as JSON)."""
-        return {
-            row: tuple(rest) for row, *rest in self._select("documents.row, id, text, metadata", "row", rows)
-        }
+        return {row: found for row, *found in self._documents("row", rows)}  # type: ignore[misc]
 
     def documents_by_id(self, ids: Iterable[str]) -> dict[str, tuple[str, str]]:
         """Map the ids that are there to (text, metadata as JSON)."""
-        return {
-            doc_id: (text, metadata)
-            for doc_id, text, metadata in self._select("id, text, metadata", "id", ids)
-        }
+        return {doc_id: (text, metadata) for _, doc_id, text, metadata in self._documents("id", ids)}
+
+    def _documents(self, key: str, wanted: Iterable[object]) -> Iterator[tuple[int, str, str, str]]:
+        for row, doc_id, text, metadata, checksum in self._select(
+            "row, id, text, metadata, checksum", key, wanted
+        ):
+            if checksum != _checksum(doc_id, metadata, text):
+                raise self.damage(f"document {doc_id!r} does not have its checksum")
+            yield row, doc_id, text, metadata
 
     def rows_by_id(self, ids: Iterable[str]) -> Rows:
         """The rows of the ids that are there, ascending."""
         return np.sort(np.fromiter((row for (row,) in self._select("row", "id", ids)), dtype=np.int64))
 
-    def vectors_by_id(self, ids: Iterable[str]) -> dict[str, bytes]:
-        """Map the ids that are there to their stored vectors."""
-        return dict(self._select("id, vector", "id", ids, source="documents JOIN vectors USING (row)"))
+    def row_of_id(self, ids: Iterable[str]) -> dict[str, int]:
+        """Map the ids that are there to their rows."""
+        return dict(self._select("id, row", "id", ids))
 
-    def _select(
-        self, columns: str, key: str, wanted: Iterable[object], source: str = "documents"
-    ) -> Iterator[tuple[Any, ...]]:
+    def _select(self, columns: str, key: str, wanted: Iterable[object]) -> Iterator[tuple[Any, ...]]:
         values = list(wanted)
         for start in range(0, len(values), MAX_PARAMETERS):
             part = values[start : start + MAX_PARAMETERS]
             marks = ", ".join("?" * len(part))
-            yield from self._db.execute(f"SELECT {columns} FROM {source} WHERE {key} IN ({marks})", part)  # noqa: S608
+            yield from self._db.execute(f"SELECT {columns} FROM documents WHERE {key} IN ({marks})", part)  # noqa: S608
 
     def rows_since(self, version: int) -> Rows:
         """The rows whose vectors are newer than `version`, ascending."""
         found = self._db.execute("SELECT row FROM vectors WHERE version > ?", (version,))
         return np.sort(np.fromiter((row for (row,) in found), dtype=np.int64))
 
-    def vectors_since(self, version: int, dimension: int, width: int) -> Iterator[tuple[Rows, Float32]]:
-        """Stream the vectors newer than `version` as chunks of (rows [n], unit vectors [n, width])."""
-        # Version 0 means all of them, which a scan in the order of the table reads fastest.
-        where, parameters = ("WHERE version > ?", (version,)) if version else ("", ())
-        cursor = self._db.execute(f"SELECT row, vector FROM vectors {where}", parameters)  # noqa: S608
+    def vectors(
+        self, dimension: int, width: int, among: Rows | None = None
+    ) -> Iterator[tuple[Rows, Float32]]:
+        """Stream vectors cut to `width` as chunks of (rows [n], unit vectors [n, width]), rows ascending.
+
+        `among`, ascending, says which; None means all.
+        """
+        condition, parameters = "", []
+        if among is not None:
+            condition = "WHERE row IN (SELECT value FROM json_each(?))"
+            parameters = [json.dumps(among.tolist())]
+        cursor = self._db.execute(
+            f"SELECT row, checksum, vector FROM vectors {condition} ORDER BY row",  # noqa: S608
+            parameters,
+        )
         step = max(1, CHUNK_BYTES // (2 * dimension))
         while chunk := cursor.fetchmany(step):
-            rows, blobs = zip(*chunk, strict=True)
-            yield np.array(rows, dtype=np.int64), self.unit_vectors(blobs, dimension, width)
+            rows, _, blobs = zip(*chunk, strict=True)
+            if any(len(blob) != 2 * dimension for blob in blobs):
+                raise self.damage(f"a stored vector does not have {dimension} entries")
+            for row, checksum, blob in chunk:
+                if checksum != zlib.crc32(blob):
+                    raise self.damage(f"the vector in row {row} does not have its checksum")
+            yield np.array(rows, dtype=np.int64), self._unit(blobs, dimension, width)
 
-    def unit_vectors(self, blobs: Sequence[bytes], dimension: int, width: int) -> Float32:
-        """Read stored vectors, cut to their first `width` entries, as unit rows [n, width]."""
-        if any(len(blob) != 2 * dimension for blob in blobs):
-            raise self.damage(f"a stored vector does not have {dimension} entries")
+    def _unit(self, blobs: Sequence[bytes], dimension: int, width: int) -> Float32:
         stored = np.frombuffer(b"".join(blobs), dtype="<f2").reshape(len(blobs), dimension)
         try:
             return stored_to_unit(stored, width)
@@ -190,114 +312,15 @@ class DocumentStore:
 
 
 def create_store(folder: Path | None, state: State) -> DocumentStore:
-    """Make the database in `folder`, or in memory; a folder holds a whole one or none."""
-    if folder is None:
-        connection = _connect(":memory:")
-        _write_schema(connection, state)
-        return DocumentStore(connection, "the index in memory")
-    beside = folder / f"{DATABASE_NAME}.new"
-    for leftover in folder.glob(f"{DATABASE_NAME}.new*"):
-        leftover.unlink()
-    with closing(_connect(_uri(beside, "rwc"))) as connection:
-        _write_schema(connection, state)
-    beside.replace(folder / DATABASE_NAME)
-    _sync_folder(folder)
-    return open_store(folder, read_only=False)
+    """Make the database in `folder`, or in memory."""
+    name = str(folder / DATABASE_NAME) if folder else "the index in memory"
+    return DocumentStore(create_database(folder, state), name)
 
 
 def open_store(folder: Path, *, read_only: bool) -> DocumentStore:
-    """Connect to the database in `folder` and check that it is one of ours."""
-    database = folder / DATABASE_NAME
-    if not read_only:
-        options = "rw"
-    elif os.access(folder, os.W_OK):
-        options = "ro"
-    else:  # a log cannot be read where its shared index cannot be written
-        log = folder / f"{DATABASE_NAME}-wal"
-        if log.exists() and log.stat().st_size:
-            raise DocumentIndexError(
-                f"{folder} is read-only and was not closed cleanly: {log.name} holds changes that are not "
-                "in the database; open and close it once where it can be written"
-            )
-        options = "ro&immutable=1"
-    try:
-        connection = _connect(_uri(database, options))
-    except sqlite3.Error as error:
-        raise describe(error, str(database)) from error
-    try:
-        _check_format(connection, database)
-        _check_whole(database)
-        if not read_only:
-            connection.execute("PRAGMA journal_mode = WAL")
-            connection.execute("PRAGMA synchronous = FULL")
-    except sqlite3.Error as error:
-        connection.close()
-        raise describe(error, str(database)) from error
-    except BaseException:
-        connection.close()
-        raise
-    return DocumentStore(connection, str(database))
+    """Connect to the database in `folder`."""
+    return DocumentStore(open_database(folder, read_only=read_only), str(folder / DATABASE_NAME))
 
 
-def describe(error: sqlite3.Error, name: str) -> Exception:
-    """Say what an SQLite error means for the index."""
-    if type(error) is sqlite3.DatabaseError or "decode to UTF-8" in str(error):
-        return _damage(name, str(error))
-    return DocumentIndexError(f"{name}: {error}; nothing was changed")
-
-
-def _damage(name: str, what: str) -> IndexDamagedError:
-    return IndexDamagedError(f"{name} is damaged: {what}; restore it from a copy, or add its documents again")
-
-
-def _check_whole(database: Path) -> None:
-    """Find a database cut off inside a page, which SQLite would read as zeros."""
-    log = database.with_name(f"{DATABASE_NAME}-wal")
-    if log.exists() and log.stat().st_size:
-        return  # a checkpoint may be under way, or is repeated from the log
-    with database.open("rb") as file:
-        page_size = int.from_bytes(file.read(18)[16:], "big")
-    if page_size > 1 and database.stat().st_size % page_size:
-        raise _damage(str(database), "it ends inside a page, so that its end is missing")
-
-
-def _check_format(connection: sqlite3.Connection, database: Path) -> None:
-    if connection.execute("PRAGMA application_id").fetchone()[0] != APPLICATION_ID:
-        raise DocumentIndexError(f"{database} is not the database of a document index")
-    found = connection.execute("PRAGMA user_version").fetchone()[0]
-    if found != FORMAT_VERSION:
-        raise DocumentIndexError(
-            f"{database} has format {found}, this release reads format {FORMAT_VERSION}; "
-            "use the release that wrote it"
-        )
-    connection.execute("SELECT count(*) FROM state").fetchone()
-
-
-def _write_schema(connection: sqlite3.Connection, state: State) -> None:
-    connection.execute("PRAGMA page_size = 16384")  # so that few vectors leave a page half empty
-    connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-    connection.execute(f"PRAGMA user_version = {FORMAT_VERSION}")
-    connection.executescript(f"BEGIN; {_SCHEMA} COMMIT;")
-    connection.execute("INSERT INTO state VALUES (?, ?, ?, ?, ?, ?)", state)
-
-
-def _connect(target: str) -> sqlite3.Connection:
-    if sqlite3.sqlite_version_info < MIN_SQLITE:
-        needed = ".".join(map(str, MIN_SQLITE))
-        raise DocumentIndexError(f"SQLite {needed} or newer is needed, Python has {sqlite3.sqlite_version}")
-    return sqlite3.connect(
-        target, timeout=30, isolation_level=None, check_same_thread=False, uri=target != ":memory:"
-    )
-
-
-def _uri(database: Path, options: str) -> str:
-    return f"{database.as_uri()}?mode={options}"
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename in `folder` survive a power loss."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _checksum(doc_id: str, metadata: str, text: str) -> int:
+    return zlib.crc32(text.encode(), zlib.crc32(metadata.encode(), zlib.crc32(doc_id.encode())))

@@ -1,6 +1,8 @@
 """Arrays in, unit vectors out: what is stored (float16) and what is compared (float32)."""
 
+import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -44,13 +46,18 @@ def normalise(matrix: NDArray[np.generic], names: Sequence[object]) -> Float32:
 
 
 def round_for_storage(matrix: NDArray[np.generic], ids: Sequence[str]) -> Float16:
-    """Unit rows rounded to float16, a chunk at a time so that memory stays near the result's own size."""
+    """Unit rows rounded to float16, in chunks so that memory stays near the result's own size."""
     rounded = np.empty(matrix.shape, dtype=np.float16)
     step = max(1, CHUNK_BYTES // (4 * max(1, matrix.shape[1])))
-    for start in range(0, len(matrix), step):
+
+    def round_from(start: int) -> None:
         part = slice(start, start + step)
         names = [f"vectors[{position}] (id {doc_id!r})" for position, doc_id in enumerate(ids[part], start)]
         rounded[part] = normalise(matrix[part], names)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for _ in pool.map(round_from, range(0, len(matrix), step)):
+            pass  # the first error, in the order of rows, is raised here
     return rounded
 
 

@@ -281,7 +281,7 @@ def test_ids_are_a_list_of_text(either, call):
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"factory": "HNSW32"}, ValueError, "'HNSW32' is not supported; use one of 'auto', 'flat'"),
+        ({"factory": "HNSW32"}, ValueError, "'HNSW32' is not supported.*use one of 'auto', 'Flat'"),
         ({"dimension": 0}, ValueError, "dimension must be at least 1"),
         ({"dimension": 7, "tokens": 2}, ValueError, "dimension 7 .* 2 tokens"),
         ({"encoder": 5}, TypeError, "fingerprint"),

@@ -11,6 +11,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -19,26 +20,49 @@ from autoregembed_indexes import DocumentIndex, DocumentIndexError, IndexDamaged
 
 VECTORS = np.random.default_rng(0).normal(size=(40, 16)).astype(np.float32)
 
-# Adds and deletes batches for ever; says what it is about to do, and then that it is done.
-WRITER = """
-import os
-import sys
+# Starts writers by fork, which spares each the imports; reads "path log seed", prints the writer's pid.
+NURSERY = """
+import os, random, sys
+import faiss  # here, not in each child
 import numpy as np
 from autoregembed_indexes import DocumentIndex
 
-def say(what, batch):
-    os.write(1, f"{what} {batch}\\n".encode())  # one write: a kill cannot cut a line in two
+def write_for_ever(path, log, seed):
+    chance = random.Random(seed)
+    out = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    say = lambda *words: os.write(out, (" ".join(words) + "\\n").encode())
+    index = DocumentIndex.open(path)
+    known = sorted({doc_id.split("-")[0] for doc_id in index.ids()})
+    for step in range(10**6):
+        verb = chance.choice(["add", "add", "add", "delete", "replace", "snapshot", "compact"])
+        if verb == "add":
+            batch = f"{seed}.{step}"
+        elif known:
+            batch = chance.choice(known)
+        else:
+            continue
+        ids = [f"{batch}-{i}" for i in range(20)]
+        say("start", verb, batch)
+        if verb in ("add", "replace"):
+            vectors = np.random.default_rng(step).normal(size=(20, 16))
+            index.add(vectors, [f"{verb} {doc_id}" for doc_id in ids], ids)
+        elif verb == "delete":
+            index.delete(ids)
+        else:
+            getattr(index, verb)()
+        say("done", verb, batch)
+        if verb == "add":
+            known.append(batch)
+        elif verb == "delete":
+            known.remove(batch)
 
-index = DocumentIndex.open(sys.argv[1])
-for batch in range(int(sys.argv[2]), 10**6):
-    ids = [f"{batch}-{i}" for i in range(20)]
-    say("add", batch)
-    index.add(np.random.default_rng(batch).normal(size=(20, 16)), [f"text {i}" for i in ids], ids)
-    say("added", batch)
-    if batch % 3 == 2:
-        say("delete", batch - 1)
-        index.delete([f"{batch - 1}-{i}" for i in range(20)])
-        say("deleted", batch - 1)
+for line in sys.stdin:
+    child = os.fork()
+    if child == 0:
+        write_for_ever(*line.split())
+    print(child, flush=True)
+    os.waitpid(child, 0)
+    print("dead", flush=True)
 """
 
 
@@ -49,40 +73,64 @@ def folder(tmp_path):
     return tmp_path / "index"
 
 
-def test_acknowledged_writes_survive_kill_and_no_call_is_half_done(tmp_path):
+def test_acknowledged_writes_survive_kill_at_any_moment_and_no_call_is_half_done(tmp_path):
     chance = random.Random(0)
-    path = tmp_path / "index"
+    path, log = tmp_path / "index", tmp_path / "log"
     DocumentIndex.create(path, dimension=16).close()
-    expected, start = set(), 0
-    for _ in range(6):
-        writer = subprocess.Popen(  # noqa: S603
-            [sys.executable, "-c", WRITER, str(path), str(start)], stdout=subprocess.PIPE, text=True
-        )
-        assert writer.stdout.readline() == f"add {start}\n"
-        time.sleep(chance.uniform(0, 0.15))
-        writer.send_signal(signal.SIGKILL)
-        log = [f"add {start}", *writer.stdout.read().splitlines()]
-        writer.wait()
-        unsure = None
-        for verb, batch in (line.split() for line in log):
-            unsure = int(batch) if verb in ("add", "delete") else None
-            if verb == "added":
-                expected.add(int(batch))
-            elif verb == "deleted":
-                expected.discard(int(batch))  # whose add may have been cut off by the kill before
-            start = max(start, int(batch) + 1)
-        with DocumentIndex.open(path, read_only=True) as reader:  # reads what the dead writer's log holds
-            seen = reader.ids()
-        with DocumentIndex.open(path) as index:
-            assert index.ids() == seen
-            batches = {int(doc_id.split("-")[0]) for doc_id in seen}
-            assert batches ^ expected <= {unsure}
-            assert sorted(seen) == sorted(f"{batch}-{i}" for batch in batches for i in range(20))
-            assert [document.text for document in index.get(seen)] == [f"text {doc_id}" for doc_id in seen]
-            if seen:
-                assert [hits[0].id for hits in index.search(index.vectors(seen), k=1)] == seen
-        expected = batches
-    assert start > 6
+    texts, verbs = {}, Counter()  # what each batch of 20 documents must say; where the kill struck
+    with subprocess.Popen(  # noqa: S603
+        [sys.executable, "-c", NURSERY], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as nursery:
+        for seed in range(200):
+            log.unlink(missing_ok=True)
+            nursery.stdin.write(f"{path} {log} {seed}\n")
+            nursery.stdin.flush()
+            writer = int(nursery.stdout.readline())
+            time.sleep(chance.uniform(0.002, 0.05))
+            os.kill(writer, signal.SIGKILL)
+            assert nursery.stdout.readline() == "dead\n"
+            unsure = None
+            for what, verb, batch in map(str.split, log.read_text().splitlines() if log.exists() else []):
+                unsure = (verb, batch) if what == "start" else None
+                if what == "done" and verb in ("add", "replace"):
+                    texts[batch] = verb
+                elif what == "done" and verb == "delete":
+                    del texts[batch]
+            verbs[unsure[0] if unsure else "between"] += 1
+            texts = check_after_kill(path, texts, unsure)
+            if len(texts) > 40:
+                with DocumentIndex.open(path) as index:
+                    index.clear()
+                texts = {}
+        nursery.stdin.close()
+    assert {"add", "delete", "replace", "snapshot", "compact"} <= set(verbs), verbs
+
+
+def check_after_kill(path, expected, unsure):
+    """Compare all that the index holds with what was acknowledged; the call that was cut off may have happened."""
+    with DocumentIndex.open(path, read_only=True) as reader:
+        seen = reader.get(reader.ids())
+    found = {}
+    for document in seen:
+        verb, doc_id = document.text.split()
+        assert doc_id == document.id
+        found.setdefault(doc_id.split("-")[0], []).append((verb, doc_id))
+    states = {batch: {verb for verb, _ in documents} for batch, documents in found.items()}
+    assert all(len(documents) == 20 and len(states[batch]) == 1 for batch, documents in found.items())
+    now = {batch: state.pop() for batch, state in states.items()}
+    verb, batch = unsure or (None, None)
+    done = {key: value for key, value in {**expected, batch: verb}.items() if key is not None}
+    if verb == "delete":
+        del done[batch]
+    assert now == expected or (verb in ("add", "replace", "delete") and now == done)
+    with DocumentIndex.open(path) as index:
+        ids = [document.id for document in seen]
+        assert index.ids() == ids
+        if ids:
+            assert {hits[0].id for hits in index.search(index.vectors(ids), k=1)} <= set(ids)
+            assert {hit.id for hit in index.search(VECTORS[:1], k=len(ids) + 1)[0]} == set(ids)
+            assert {hit.id for hit in index.search_text("add replace", k=len(ids) + 1)} == set(ids)
+    return now
 
 
 def test_a_full_disk_is_an_error_that_changes_nothing(folder):
@@ -92,13 +140,19 @@ import numpy as np
 from autoregembed_indexes import DocumentIndex, DocumentIndexError
 index = DocumentIndex.open(sys.argv[1])
 before = index.get(index.ids())
-resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
+resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, resource.RLIM_INFINITY))
 try:
     index.add(np.ones((20_000, 16)), ["some text"] * 20_000)
 except DocumentIndexError as error:
     print(error)
 assert index.get(index.ids()) == before and len(index.search(np.ones((1, 16)), k=100)[0]) == 40
-resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
+resource.setrlimit(resource.RLIMIT_FSIZE, (1_000, resource.RLIM_INFINITY))
+try:
+    index.snapshot()
+except DocumentIndexError as error:
+    print(error)
+assert len(index.search(np.ones((1, 16)), k=100)[0]) == 40
+resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, resource.RLIM_INFINITY))
 index.delete(["0"])
 """
     done = subprocess.run(  # noqa: S603
@@ -106,6 +160,8 @@ index.delete(["0"])
     )
     assert done.returncode == 0, done.stderr
     assert "nothing was changed" in done.stdout and str(folder) in done.stdout
+    assert "vectors-16.faiss could not be written" in done.stdout
+    assert sorted(item.name for item in folder.iterdir()) == ["documents.sqlite", "writer.lock"]
     with DocumentIndex.open(folder) as index:
         assert index.ids() == [str(i) for i in range(1, 40)]
 
@@ -277,7 +333,7 @@ def test_foreign_and_newer_databases_are_refused_by_name(folder):
     with sqlite3.connect(database) as connection:
         connection.execute("PRAGMA user_version = 99")
     connection.close()
-    with pytest.raises(DocumentIndexError, match=r"format 99.*format 1"):
+    with pytest.raises(DocumentIndexError, match=r"format 99.*format 2"):
         DocumentIndex.open(folder)
     database.unlink()
     with sqlite3.connect(database) as connection:
