@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from .cli_errors import errors_in_one_line
+from .cli_index import index, search
 
 app = typer.Typer(
     help="Train and use AutoRegEmbed text embedders.", no_args_is_help=True, pretty_exceptions_enable=False
 )
 train = typer.Typer(help="The two training stages of the paper.", no_args_is_help=True)
 app.add_typer(train, name="train")
+app.add_typer(index, name="index")
+app.command()(search)
 
 Data = Annotated[Path, typer.Option(help="JSONL file, also .gz or .zst.")]
 Output = Annotated[Path, typer.Option(help="Folder for the checkpoint; an interrupted run goes on there.")]
@@ -50,7 +53,7 @@ def compress(
     from .training.compression import train_compression
     from .training.data import read_compression_rows
 
-    with _errors_in_one_line():
+    with errors_in_one_line():
         rows = read_compression_rows(data)
         encoder = AutoRegEncoder.from_base(base, num_compressed_tokens, device=device, dtype="float32")
         arguments = CompressionArguments(
@@ -92,7 +95,7 @@ def align(
     from .training.arguments import AlignmentArguments
     from .training.data import read_alignment_rows
 
-    with _errors_in_one_line():
+    with errors_in_one_line():
         rows = read_alignment_rows(data)
         encoder = AutoRegEncoder.from_pretrained(model, device=device, dtype="float32")
         arguments = AlignmentArguments(
@@ -109,16 +112,6 @@ def align(
         decoder = FrozenDecoder.from_pretrained(model, device=device)
         train_alignment(encoder, decoder, rows, output, arguments)
     typer.echo(f"saved to {output}")
-
-
-@contextmanager
-def _errors_in_one_line() -> Iterator[None]:
-    """What a user can mend is said in a line; anything else keeps its traceback."""
-    try:
-        yield
-    except (ValueError, OSError, ImportError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from error
 
 
 def _given(**options: Any) -> dict[str, Any]:  # noqa: ANN401

@@ -16,11 +16,13 @@ from autoregembed_indexes.errors import (
 )
 from autoregembed_indexes.index import DocumentIndex
 from autoregembed_indexes.records import Document, Hit
+from autoregembed_indexes.store import Filter
 
 __all__ = [
     "Document",
     "DocumentIndex",
     "DocumentIndexError",
+    "Filter",
     "Hit",
     "IndexDamagedError",
     "IndexLockedError",

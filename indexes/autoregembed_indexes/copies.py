@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from autoregembed_indexes.gpu import GPU_MARGIN, MOST_BURIED, MOST_FOUND, Gpus
 from autoregembed_indexes.kinds import Faiss, FaissIndex, Kind, plan, train, training_size
 from autoregembed_indexes.segment import Segment, best, dot
 from autoregembed_indexes.settings import State
@@ -43,8 +44,11 @@ class VectorCopy:
     After an error in a method that changes it, a copy is unusable and must be dropped.
     """
 
-    def __init__(self, dimension: int, width: int, folder: Path | None, *, read_only: bool) -> None:
+    def __init__(
+        self, dimension: int, width: int, folder: Path | None, gpus: Gpus, *, read_only: bool
+    ) -> None:
         self._faiss = import_faiss()
+        self._gpus = gpus
         self._dimension = dimension
         self._width = width
         self._path = None if folder is None else folder / f"vectors-{width}.faiss"
@@ -62,6 +66,11 @@ class VectorCopy:
 
     def __len__(self) -> int:
         return sum(len(segment) for segment in self._segments)
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the main segment is searched on a GPU; one that is large enough is, from the first search on."""
+        return bool(self._segments) and self._segments[0].on_gpu
 
     @property
     def pending(self) -> int:
@@ -115,6 +124,12 @@ class VectorCopy:
         k = min(k, available)
         if k == 0 or len(queries) == 0:
             return np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64)
+        self._segments[0].upload(self._gpus)
+        if self.on_gpu and among is None and k > MOST_FOUND:
+            raise ValueError(
+                f"FAISS on a GPU finds at most {MOST_FOUND} vectors, not {k}: ask for fewer, or open the index "
+                "with device='cpu'"
+            )
         if among is not None and self.kind.lists and len(among) <= EXACT_LIMIT:
             scores, rows = self._score_all(store, queries, k, among)
         else:
@@ -133,6 +148,7 @@ class VectorCopy:
         fetch = self.kind.candidates(k)
         probes = math.ceil(self.kind.probes * len(self) / available)
         most = max(4 * k, MOST_CANDIDATES)
+        margin = GPU_MARGIN if self.on_gpu else self.kind.margin
         while True:
             fetch = min(fetch, available)
             rough, candidates = self._candidates(queries, fetch, among, probes)
@@ -140,7 +156,7 @@ class VectorCopy:
             if self.kind.lists:
                 enough = probes >= self.kind.lists or bool((candidates >= 0).all())
             else:
-                certain = (scores[:, -1] > rough[:, -1] + self.kind.margin).all()
+                certain = (scores[:, -1] > rough[:, -1] + margin).all()
                 enough = bool(certain) or fetch >= min(available, most)
             if enough:
                 return scores, rows
@@ -188,11 +204,16 @@ class VectorCopy:
         grown = wanted != self.kind and (closing or count >= REGROW * self._folded)
         wasteful = sum(segment.buried for segment in self._segments) > max(FOLD_VECTORS, count)
         slow_to_open = closing and self._path and self.pending > max(FOLD_VECTORS, FOLD_SHARE * count)
-        if grown or wasteful or slow_to_open:
+        if grown or wasteful or slow_to_open or (self._gpu_lags() and not closing):
             try:
                 self.fold(store, state)
             except SnapshotError as error:
                 logger.warning("%s", error)  # the vectors are in memory and in the database
+
+    def _gpu_lags(self) -> bool:
+        """Whether too much of what a GPU holds is buried, or more has come since than it holds."""
+        main = self._segments[0] if self.on_gpu else None
+        return main is not None and (main.buried > MOST_BURIED or len(self) > 2 * len(main.rows))
 
     def fold(self, store: DocumentStore, state: State) -> None:
         """Make one main segment of all vectors, of the kind that is right for them, and write its snapshot.
@@ -278,8 +299,7 @@ class VectorCopy:
                 raise SnapshotError(f"{self._path}: it is newer than the database")
             if not self.version < snapshot.version <= state.version:
                 return False
-            if snapshot.kind.lists:
-                snapshot.check()
+            snapshot.check(*(() if snapshot.kind.lists else ("rows",)))
             self._use(snapshot)
         except SnapshotError as error:
             self._discard(error)
@@ -312,7 +332,7 @@ class VectorCopy:
 
     def _tail(self) -> Segment:
         """The segment in memory, which takes what is new."""
-        if not self._segments or self._segments[-1].mapped:
+        if not self._segments or self._segments[-1].mapped or self._segments[-1].on_gpu:
             self._segments.append(Segment(self._faiss, self.kind, self._new_index()))
         return self._segments[-1]
 

@@ -18,6 +18,7 @@ import sqlite3
 import sys
 from collections.abc import Callable, Collection, Mapping
 from functools import lru_cache
+from itertools import count
 from typing import Any, NamedTuple
 
 from autoregembed_indexes.records import MAX_INT_BITS, is_valid_text, to_json
@@ -28,10 +29,14 @@ MAX_PARAMETERS = 32_766  # what SQLite takes in one statement, by default
 # By default SQLite's parser keeps 100 entries on its stack; about ten are for the statement around a condition.
 _MAX_STACK = 86
 _LEAF_STACK = 20
+_CHAIN = 8  # conditions joined at once; many at once would be too deep for SQLite's expressions
 
 # Keys that JSON writes with escapes, and the empty key, cannot be named in a path of every SQLite version.
 _PLAIN_NAME = re.compile(r'[^"\\\x00-\x1f]+')
 _COMPARISONS = {"$gt": operator.gt, "$gte": operator.ge, "$lt": operator.lt, "$lte": operator.le}
+# The JSON types that have an order, with the ends of their places in SQLite's: numbers, then texts, then blobs.
+_NUMBERS = ("'integer', 'real'", -math.inf, math.inf)
+_TEXTS = ("'text'", "", b"")
 _IN_LIST = "IN (SELECT value FROM json_each(?))"
 
 Scalar = str | int | float | bool | None
@@ -90,8 +95,8 @@ def index_expression(key: str) -> str:
     SQLite uses an index only where the text is the same, so the key stands in it. Raises ValueError for a key
     that has no plain JSON path, or that no filter can name.
     """
-    paths = _plain_paths(key)
-    if not paths or key.startswith("$") or not is_valid_text(key):
+    paths = _plain_paths(key) if isinstance(key, str) and is_valid_text(key) else []
+    if not paths or key.startswith("$"):
         raise ValueError(
             f"metadata key {key!r} cannot have an index: a key must not start with '$', and no part of it between "
             "dots may be empty or hold double quotes, backslashes, control characters or lone surrogates"
@@ -138,7 +143,7 @@ def _on_key(key: str, value: object, indexed: str | None, level: int) -> _Condit
             )
         if name == "$not":
             if not isinstance(operand, Mapping):
-                raise TypeError(f"filter on {key!r}, $not: must be a dict of operators; for a value write $ne")
+                raise TypeError(f"filter on {key!r}, $not: must be a dict of operators; or use $ne")
             parts.append(_negated(_on_key(key, operand, indexed, _below(level))))
         elif name in _LEAVES:
             parts.append(_LEAVES[name](_Leaf(key, name, operand, indexed)))
@@ -154,27 +159,24 @@ def _below(level: int) -> int:
 
 
 def _join(word: str, parts: list[_Condition]) -> _Condition:
-    """Join conditions two by two, those that take the least of the parser's stack first.
+    """Join conditions a few at a time, those that take the least of the parser's stack first.
 
-    A chain of hundreds would be too deep for SQLite. Of two, the one that takes more of the stack is written
-    first, as the parser holds one entry while it reads the first, three while it reads the second. Of equals,
-    the one that calls Python less is written first, as SQLite may then not need the other.
+    The one that takes the most is written first: the parser holds one entry while it reads the first of a chain,
+    three while it reads another. Of equals, those that call Python come last, as SQLite may not need them then.
     """
-    if not parts:
-        return _Condition("1", [])
-    heap = [(part.stack, -part.calls, -number, part) for number, part in enumerate(parts)]
+    number = count()
+    heap = [(part.stack, -part.calls, -next(number), part) for part in parts]
     heapq.heapify(heap)
-    for number in range(len(parts), 2 * len(parts) - 1):
-        *_, second = heapq.heappop(heap)
-        *_, first = heap[0]
+    while len(heap) > 1:
+        few = [heapq.heappop(heap)[-1] for _ in range(min(_CHAIN, len(heap)))][::-1]
         joined = _Condition(
-            f"({first.sql} {word} {second.sql})",
-            first.parameters + second.parameters,
-            max(first.stack + 1, second.stack + 3),
-            first.calls + second.calls,
+            f"({f' {word} '.join(part.sql for part in few)})",
+            [parameter for part in few for parameter in part.parameters],
+            max(few[0].stack + 1, few[1].stack + 3),
+            sum(part.calls for part in few),
         )
-        heapq.heapreplace(heap, (joined.stack, -joined.calls, -number, joined))
-    return heap[0][-1]
+        heapq.heappush(heap, (joined.stack, -joined.calls, -next(number), joined))
+    return heap[0][-1] if heap else _Condition("1", [])
 
 
 def _negated(part: _Condition) -> _Condition:
@@ -191,32 +193,32 @@ def _as_wanted(leaf: _Leaf, condition: _Condition) -> _Condition:
 def _is_one_of(leaf: _Leaf, values: list[Scalar]) -> _Condition:
     exact = _text_in(leaf.key, {form for value in values for form in _json_forms(value)})
     if None in values:  # a missing key reads as null, in an index too
-        return _join("AND", [_exists(leaf.key), exact])
-    if leaf.indexed is None or not values:
+        first = _exists(leaf.key)
+    elif values and leaf.indexed:  # NULL where the key is missing, but there `exact` is 0
+        first = _equality_candidates(leaf.indexed, values)
+    else:
         return exact
-    # NULL where the key is missing; there the exact condition is 0, and so are both together.
-    return _join("AND", [_equality_candidates(leaf.indexed, values), exact])
+    return _Condition(f"({first.sql} AND {exact.sql})", first.parameters + exact.parameters)
 
 
 def _compares(leaf: _Leaf) -> _Condition:
-    """Candidates that SQLite reads far enough from the operand match; Python judges those near it."""
+    """Order by SQLite's value where it is far enough from the operand, by Python where it is near."""
     value = _scalar(leaf, leaf.operand)
     if value is None or isinstance(value, bool):
         raise TypeError(f"{leaf}: only numbers and texts have an order, got {value}")
     exact = _matches(leaf, value)
     if not _plain_paths(leaf.key):
         return exact
+    found, path = (leaf.indexed, []) if leaf.indexed else _select("json_extract(metadata, {})", leaf.key)
+    kind, kind_path = _select("json_type(metadata, {})", leaf.key)
+    types, least, greatest = _TEXTS if isinstance(value, str) else _NUMBERS
     low, high = _bounds(value)
-    least, greatest = ("", b"") if isinstance(value, str) else (-math.inf, math.inf)  # SQLite sorts by type
     ends = [low, greatest] if leaf.operator in ("$gt", "$gte") else [least, high]
-    types = "('text')" if isinstance(value, str) else "('integer', 'real')"
-    number, parameters = (leaf.indexed, []) if leaf.indexed else _read(leaf.key, "json_extract(metadata, {})")
-    kind, kind_parameters = _read(leaf.key, "json_type(metadata, {})")
-    candidates = _Condition(f"{number} BETWEEN ? AND ?", [*parameters, *ends])
-    # As above, for NULL.
-    is_type = _Condition(f"ifnull({kind} IN {types}, 0)", kind_parameters)
-    far = _Condition(f"{number} NOT BETWEEN ? AND ?", [*parameters, low, high])
-    return _join("AND", [candidates, is_type, _join("OR", [far, exact])])
+    return _Condition(
+        f"({found} BETWEEN ? AND ? AND ifnull({kind} IN ({types}), 0) "
+        f"AND ({found} NOT BETWEEN ? AND ? OR {exact.sql}))",
+        [*path, *ends, *kind_path, *path, low, high, *exact.parameters],
+    )
 
 
 def _holds_text(leaf: _Leaf) -> _Condition:
@@ -227,6 +229,181 @@ def _holds_text(leaf: _Leaf) -> _Condition:
 
 def _matches(leaf: _Leaf, operand: object) -> _Condition:
     sql, parameters = _text(leaf.key)
-    return _Condition(
-        f"json_matches({sql}, ?, ?)", [*parameters, leaf.operator, to_json(operand)], calls=1
-    )
+    return _Condition(f"json_matches({sql}, ?, ?)", [*parameters, leaf.operator, to_json(operand)], calls=1)
+
+
+_LEAVES: dict[str, Callable[[_Leaf], _Condition]] = {
+    "$eq": lambda leaf: _is_one_of(leaf, [_scalar(leaf, leaf.operand)]),
+    "$ne": lambda leaf: _negated(_LEAVES["$eq"](leaf._replace(indexed=None))),
+    **dict.fromkeys(_COMPARISONS, _compares),
+    "$in": lambda leaf: _is_one_of(leaf, _scalars(leaf)),
+    "$nin": lambda leaf: _negated(_LEAVES["$in"](leaf._replace(indexed=None))),
+    "$exists": lambda leaf: _as_wanted(leaf, _exists(leaf.key)),
+    "$empty": lambda leaf: _as_wanted(leaf, _text_in(leaf.key, {"null", '""', "[]"})),
+    "$contains": lambda leaf: _matches(leaf, _scalar(leaf, leaf.operand)),
+    "$any": lambda leaf: _matches(leaf, _scalars(leaf)),
+    "$all": lambda leaf: _matches(leaf, _scalars(leaf)),
+    "$text_match": _holds_text,
+    "$text_match_insensitive": _holds_text,
+}
+_OPERATOR_NAMES = ", ".join([*_LEAVES, "$not"])
+
+
+def _scalars(leaf: _Leaf) -> list[Scalar]:
+    if not isinstance(leaf.operand, (list, tuple, set, frozenset)):
+        raise TypeError(f"{leaf}: must be a list, got {type(leaf.operand).__name__}")
+    return [_scalar(leaf, value) for value in leaf.operand]
+
+
+def _scalar(leaf: _Leaf, value: Any) -> Scalar:  # noqa: ANN401
+    if isinstance(value, (list, tuple, set, frozenset)):
+        raise TypeError(f"{leaf}: got a list; use $in for one of several values, $contains for a list's item")
+    if isinstance(value, Mapping):
+        raise TypeError(f"{leaf}: got a dict; for a key inside an object write {leaf.key + '.KEY'!r}")
+    if not (value is None or isinstance(value, (str, int, float))):
+        raise TypeError(f"{leaf}: {type(value).__name__} is not JSON; write it as a text or number")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{leaf}: {value} has no JSON form")
+    if isinstance(value, int) and value.bit_length() > MAX_INT_BITS:
+        raise ValueError(f"{leaf}: an integer of more than {MAX_INT_BITS} bits")
+    if isinstance(value, str) and not is_valid_text(value):
+        raise ValueError(f"{leaf}: a lone surrogate is not valid Unicode")
+    return value
+
+
+def _plain_paths(key: str) -> list[str]:
+    """Where a key may be: under its own name, else inside nested objects. Empty for a key that needs Python."""
+    names = key.split(".")
+    if not all(_PLAIN_NAME.fullmatch(name) for name in names):
+        return []
+    return [f'$."{name}"' for name in (".".join(names), '"."'.join(names))][: len(names)]
+
+
+def _first_found(function: str, paths: list[str]) -> str:
+    """SQL for `function` of the first path where there is a value, of one or two; `paths` are SQL too."""
+    plain, *nested = (function.format(path) for path in paths)
+    if not nested:
+        return plain
+    return f"CASE WHEN json_type(metadata, {paths[0]}) IS NULL THEN {nested[0]} ELSE {plain} END"
+
+
+def _select(function: str, key: str) -> tuple[str, list[str]]:
+    """SQL for `function` of a plain key, and its parameters."""
+    paths = _plain_paths(key)
+    return _first_found(function, ["?"] * len(paths)), [*paths, *paths[:-1]]
+
+
+def _text(key: str) -> tuple[str, list[str]]:
+    """SQL for '[VALUE,null]', the JSON text of a key's value, and its parameters; a missing key reads as null."""
+    if not _plain_paths(key):
+        return "ifnull(json_text_of(metadata, ?), '[null,null]')", [to_json(key)]
+    return _select("json_extract(metadata, {}, '$[0]')", key)  # metadata is an object: it has no position 0
+
+
+def _exists(key: str) -> _Condition:
+    if not _plain_paths(key):
+        return _Condition("json_text_of(metadata, ?) IS NOT NULL", [to_json(key)])
+    kind, path = _select("json_type(metadata, {})", key)
+    return _Condition(f"{kind} IS NOT NULL", path)
+
+
+def _text_in(key: str, forms: Collection[str]) -> _Condition:
+    sql, path = _text(key)
+    texts = [f"[{form},null]" for form in sorted(forms)]
+    if len(texts) <= 3:  # as 0, 0.0 and -0.0 are one value
+        return _Condition(f"{sql} IN ({', '.join('?' * len(texts))})", path + texts)
+    return _Condition(f"{sql} {_IN_LIST}", [*path, to_json(texts)])
+
+
+def _equality_candidates(indexed: str, values: list[Any]) -> _Condition:
+    """The documents whose value SQLite may read as one of `values`, which has no None."""
+    same: list[str | int] = []  # what every SQLite release reads as the same value
+    numbers: list[int | float] = []
+    texts: list[str] = []
+    for value in values:
+        if isinstance(value, str):
+            (texts if "\0" in value else same).append(value)
+        elif value == int(value) and -(2**63) <= value < 2**63:
+            same.append(int(value))
+        else:
+            numbers.append(value)
+    parts, parameters = [], []
+    if same:
+        parts.append(f"{indexed} {_IN_LIST}")
+        parameters.append(to_json(same))
+    for others in (numbers, texts):
+        if others:
+            lows, highs = zip(*map(_bounds, others), strict=True)
+            parts.append(f"{indexed} BETWEEN ? AND ?")
+            parameters += [min(lows), max(highs)]
+    return _Condition(f"({' OR '.join(parts)})", parameters)
+
+
+def _bounds(value: str | int | float) -> tuple[Any, Any]:
+    """The least and the greatest that any SQLite release may read a text or number as.
+
+    A text may end at its first NUL. A float may differ in the last digits, and a large integer becomes a float
+    or infinity; a relative 1e-12 is thousands of units in the last place.
+    """
+    if isinstance(value, str):
+        return value.partition("\0")[0], value
+    largest = sys.float_info.max
+    near = float(max(-largest, min(value, largest)))
+    margin = abs(near) * 1e-12 + 1e-300
+    return near - margin, near + margin
+
+
+def _json_forms(value: Scalar) -> set[str]:
+    """Every JSON text of a value equal to `value`: a number is an integer or a float, and 0 has a sign."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return {to_json(value)}
+    if value == 0:
+        return {"0", "0.0", "-0.0"}
+    forms = {to_json(value)}
+    if value == int(value):
+        forms.add(to_json(int(value)))
+    if abs(value) <= sys.float_info.max and value == float(value):
+        forms.add(to_json(float(value)))
+    return forms
+
+
+def _json_text_of(metadata: str, key_json: str) -> str | None:
+    """What `_text` has SQLite do for plain keys, for any key; None where it is missing."""
+    found = json.loads(metadata)
+    key = json.loads(key_json)
+    if key not in found:
+        *parents, key = key.split(".")
+        for parent in parents:
+            found = found.get(parent)
+            if not isinstance(found, dict):
+                return None
+    return to_json([found[key], None]) if key in found else None
+
+
+def _json_matches(text: str, operator_name: str, operand_json: str) -> bool:
+    return _predicate(operator_name, operand_json)(json.loads(text)[0])
+
+
+@lru_cache(maxsize=256)
+def _predicate(name: str, operand_json: str) -> Callable[[Any], bool]:
+    """The test of a metadata value that an operator makes with its operand."""
+    operand = json.loads(operand_json)
+    if name in _COMPARISONS:
+        compare = _COMPARISONS[name]
+        types = (str,) if isinstance(operand, str) else (int, float)
+        return lambda found: type(found) in types and compare(found, operand)
+    if name == "$text_match_insensitive":
+        folded = operand.casefold()
+        return lambda found: isinstance(found, str) and folded in found.casefold()
+    if name == "$text_match":
+        return lambda found: isinstance(found, str) and operand in found
+    wanted = [_json_forms(value) for value in (operand if isinstance(operand, list) else [operand])]
+    quantifier = all if name == "$all" else any
+
+    def holds(found: object) -> bool:
+        if isinstance(found, list):
+            items = {to_json(item) for item in found}
+            return quantifier(forms & items for forms in wanted)
+        return isinstance(found, str) and isinstance(operand, str) and operand in found
+
+    return holds

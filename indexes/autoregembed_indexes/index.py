@@ -3,7 +3,7 @@
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike
 from autoregembed_indexes.copies import VectorCopy, import_faiss
 from autoregembed_indexes.database import DATABASE_NAME
 from autoregembed_indexes.errors import DocumentIndexError
+from autoregembed_indexes.gpu import Gpus
 from autoregembed_indexes.kinds import DEFAULT_MEMORY_BUDGET
 from autoregembed_indexes.lexical import DEFAULT_TOKENIZER
 from autoregembed_indexes.lock import LOCK_NAME, WriterLock
@@ -50,6 +51,7 @@ class DocumentIndex(SearchableIndex):
         tokens: int | None = None,
         tokenizer: str = DEFAULT_TOKENIZER,
         memory_budget: int = DEFAULT_MEMORY_BUDGET,
+        device: str = "auto",
     ) -> "DocumentIndex":
         """Make an empty index in the folder `path`, which is new or empty, or in memory when `path` is None.
 
@@ -64,13 +66,16 @@ class DocumentIndex(SearchableIndex):
             tokens: the number k of compressed tokens of a flattened embedding; allows queries of the first j < k.
             tokenizer: FTS5's, for search by text; "trigram" for languages without spaces.
             memory_budget: bytes that "auto" may use for vectors, 1 GiB by default.
+            device: where to search, of this object and not kept in the folder: "cpu", "cuda" (all GPUs), "cuda:0"
+                (one), or "auto": GPUs where FAISS has some. They hold a copy of a large index, for any k up to 2048;
+                what they cannot do, and where they are not there, the CPU does, with the same results.
 
         Raises FileExistsError when there is something else, or another index, at `path`.
         """
         state = new_state(factory, dimension, tokens, encoder, tokenizer, memory_budget)
-        import_faiss()
+        gpus = Gpus(import_faiss(), device)
         if path is None:
-            return cls(create_store(None, state), None, None, read_only=False)
+            return cls(create_store(None, state), None, None, gpus, read_only=False)
         folder = Path(path).absolute()
         if folder.exists() and not folder.is_dir():
             raise FileExistsError(f"{folder} is a file; an index is a folder")
@@ -80,7 +85,7 @@ class DocumentIndex(SearchableIndex):
             lock = WriterLock(folder)
             on_error.callback(lock.release)
             _check_vacant(folder)  # again: another process may have made one before the lock was ours
-            index = cls(create_store(folder, state), lock, folder, read_only=False)
+            index = cls(create_store(folder, state), lock, folder, gpus, read_only=False)
             on_error.pop_all()
         return index
 
@@ -92,10 +97,12 @@ class DocumentIndex(SearchableIndex):
         dimension: int | None = None,
         encoder: str | None = None,
         read_only: bool = False,
+        device: str = "auto",
     ) -> "DocumentIndex":
         """Open the index in the folder `path`, to write and search, or only to search.
 
-        `dimension` and `encoder` (a fingerprint) are checked against the index where both sides have one.
+        `dimension` and `encoder` (a fingerprint) are checked against the index where both sides have one. `device`
+        says where to search (see `create`).
 
         Raises FileNotFoundError when there is no index at `path`, IndexMismatchError for another encoder or
         dimension, IndexLockedError when another writer has it, IndexDamagedError for an unreadable database.
@@ -108,7 +115,7 @@ class DocumentIndex(SearchableIndex):
             raise FileNotFoundError(
                 f"no index at {folder}: it is {what}; DocumentIndex.create makes an index"
             )
-        import_faiss()
+        gpus = Gpus(import_faiss(), device)
         with ExitStack() as on_error:
             lock = None if read_only else WriterLock(folder)
             if lock:
@@ -117,7 +124,7 @@ class DocumentIndex(SearchableIndex):
                     leftover.unlink()
             store = open_store(folder, read_only=read_only)
             on_error.callback(store.close)
-            index = cls(store, lock, folder, read_only=read_only)
+            index = cls(store, lock, folder, gpus, read_only=read_only)
             with index._session() as state:
                 check_opened(str(folder), state, dimension, encoder)
                 if state.dimension is not None:
@@ -175,6 +182,7 @@ class DocumentIndex(SearchableIndex):
             if copy is not None and len(rows):
                 with self._dropping(copy):
                     copy.apply_deletion(state.version + 1, rows)
+                self._fold_where_due()
         return len(rows)
 
     def clear(self) -> int:
@@ -249,6 +257,7 @@ class DocumentIndex(SearchableIndex):
                 "encoder": state.encoder,
                 "factory": state.factory,
                 "kind": None if copy is None else str(copy.kind),
+                "device": self._gpus.device if copy is not None and copy.on_gpu else "cpu",
                 "pending": 0 if copy is None else copy.pending,
                 "snapshot": None if copy is None or copy.snapshot is None else copy.snapshot.path.name,
                 "metadata_indexes": self._store.metadata_keys(),
@@ -276,7 +285,7 @@ class DocumentIndex(SearchableIndex):
     def __reduce__(self) -> tuple[Any, ...]:
         if self._path is None:
             raise TypeError("an index in memory cannot be pickled; create it with a path")
-        return _open_read_only, (str(self._path),)
+        return _open_read_only, (str(self._path), self._gpus.device)
 
     @contextmanager
     def _writing(self) -> Iterator[State]:
@@ -291,7 +300,7 @@ class DocumentIndex(SearchableIndex):
         if width is None:
             return None
         if state.version == 0:
-            self._copies[width] = VectorCopy(width, width, self._path, read_only=self._read_only)
+            self._copies[width] = VectorCopy(width, width, self._path, self._gpus, read_only=self._read_only)
         copy = self._copies.get(width)
         return copy if copy is not None and copy.version == state.version else None
 
@@ -303,12 +312,19 @@ class DocumentIndex(SearchableIndex):
                         copy.fold_if_worth_it(self._store, state, closing=False)
 
 
-def _open_read_only(path: str) -> DocumentIndex:
-    return DocumentIndex.open(path, read_only=True)
+def _open_read_only(path: str, device: str) -> DocumentIndex:
+    return DocumentIndex.open(path, read_only=True, device=device)
 
 
 def _folder_bytes(folder: Path | None) -> int | None:
-    return None if folder is None else sum(item.stat().st_size for item in folder.iterdir() if item.is_file())
+    """What lies in a folder; a writer may take a file away meanwhile."""
+    if folder is None:
+        return None
+    sizes = 0
+    for item in folder.iterdir():
+        with suppress(FileNotFoundError):
+            sizes += item.stat().st_size
+    return sizes
 
 
 def _check_vacant(folder: Path) -> None:

@@ -11,19 +11,32 @@ WORDS_TABLE = (
     "tokenize='{tokenizer}')"
 )
 
-_WORD = re.compile(r"\w+")
+# The combining marks that FTS5 reads as part of the word around them, so that decomposed accents do not split it.
+_ACCENTS = r"\u0300-\u0304\u0306-\u030c\u030f\u0311\u031b\u0323-\u0328\u032d\u032e\u0330\u0331"
+_ARGUMENT = re.compile(r"'((?:[^']|'')*)'|(\w+)")
 
 
 def match_expression(query: str, tokenizer: str) -> str | None:
     """Turn a user's text into a MATCH expression, its words joined by OR; None where it has no words.
 
     Every word is quoted, so nothing in the text is an operator. Joined by AND, few whole questions would find
-    anything. A trigram tokenizer finds any three characters in a row, so there each three are a word. Words
-    after the first 1,000 different ones are left out.
+    anything. A trigram tokenizer finds any three characters in a row, so there each three of a word are one, and
+    shorter words find nothing. Words after the first 1,000 different ones are left out.
     """
-    words = dict.fromkeys(_WORD.findall(query.lower()))
-    if tokenizer.startswith("trigram"):
-        words = dict.fromkeys(
-            word[start : start + 3] for word in words for start in range(max(1, len(word) - 2))
-        )
-    return " OR ".join(f'"{word}"' for word in list(words)[:MAX_WORDS]) or None
+    arguments = [quoted.replace("''", "'") or bare for quoted, bare in _ARGUMENT.findall(tokenizer)]
+    words = _words(query, arguments)
+    if "trigram" in map(str.lower, arguments):
+        words = [word[start : start + 3] for word in words for start in range(len(word) - 2)]
+    # FTS5 folds case by itself; lower() here would write some letters as two, which are others to FTS5.
+    different = list({word.lower(): word for word in words}.values())
+    return " OR ".join('"' + word.replace('"', '""') + '"' for word in different[:MAX_WORDS]) or None
+
+
+def _words(query: str, arguments: list[str]) -> list[str]:
+    """Split a text where FTS5 would: at all but letters, digits and what the tokenizer's arguments say."""
+    options = {"tokenchars": "", "separators": ""}
+    for name, characters in zip(arguments, arguments[1:], strict=False):
+        if name.lower() in options:
+            options[name.lower()] += re.escape(characters)
+    word = rf"(?:[^\W_{options['separators']}]|[{_ACCENTS}{options['tokenchars']}])+"
+    return re.findall(word, query)

@@ -16,12 +16,15 @@ from numpy.typing import ArrayLike
 
 from autoregembed_indexes.copies import VectorCopy
 from autoregembed_indexes.errors import DocumentIndexError
+from autoregembed_indexes.gpu import Gpus
 from autoregembed_indexes.lock import WriterLock
 from autoregembed_indexes.ranking import diversify, fuse
 from autoregembed_indexes.records import Document, Hit, check_ids
 from autoregembed_indexes.settings import State, check_query
 from autoregembed_indexes.store import DocumentStore, Filter, Rows
 from autoregembed_indexes.vectors import Float32, as_matrix, normalise
+
+MOST_HITS = 2**40  # no index has more, and SQLite's and FAISS' integers end at 2**63
 
 logger = logging.getLogger(__name__)
 
@@ -30,10 +33,11 @@ class SearchableIndex:
     """The reading half of `DocumentIndex`: its connection, its copies of the vectors, and every search."""
 
     def __init__(
-        self, store: DocumentStore, lock: WriterLock | None, path: Path | None, *, read_only: bool
+        self, store: DocumentStore, lock: WriterLock | None, path: Path | None, gpus: Gpus, *, read_only: bool
     ) -> None:
         self._store = store
         self._path = path
+        self._gpus = gpus
         self._read_only = read_only
         self._copies: dict[int, VectorCopy] = {}
         self._mutex = threading.RLock()
@@ -92,8 +96,9 @@ class SearchableIndex:
             ids: limits the search to these documents; unknown ids are fine.
             min_score: leaves out documents of a lower cosine.
 
-        Raises IndexMismatchError for vectors of another dimension, ValueError for k < 1 and for vectors with
-        NaN, infinity or nothing but zeros, TypeError or ValueError, naming key and operator, for a bad filter.
+        Raises IndexMismatchError for vectors of another dimension, ValueError for k < 1, for k > 2048 on a GPU, and
+        for vectors with NaN, infinity or nothing but zeros, TypeError or ValueError, naming key and operator, for a
+        bad filter.
         """
         matrix = as_matrix(vectors, "query vectors")
         k = _check_k(k)
@@ -291,7 +296,9 @@ class SearchableIndex:
         """The FAISS copy of the vectors cut to `width`, made at its first use, as of this transaction."""
         copy = self._copies.get(width)
         if copy is None:
-            copy = VectorCopy(state.dimension or width, width, self._path, read_only=self._read_only)
+            copy = VectorCopy(
+                state.dimension or width, width, self._path, self._gpus, read_only=self._read_only
+            )
         with self._dropping(copy):
             copy.catch_up(self._store, state)
         self._copies[width] = copy
@@ -309,7 +316,7 @@ class SearchableIndex:
 
     def _among(self, where: Filter | None, ids: Sequence[str] | None) -> Rows | None:
         """The ascending rows that a filter and a list of ids leave; None where neither limits."""
-        among = self._store.rows_where(where) if where else None
+        among = None if where is None or where == {} else self._store.rows_where(where)
         if ids is None:
             return among
         named = self._store.rows_by_id(dict.fromkeys(id_list(ids)))
@@ -339,12 +346,13 @@ class SearchableIndex:
 
     def _vectors_of(self, rows: Rows, dimension: int, width: int) -> Float32:
         """The unit vectors of rows in any order, repeats allowed: [n, width]."""
+        if len(rows) == 0:
+            return np.empty((0, width), np.float32)
         unique, places = np.unique(rows, return_inverse=True)
         found = [unit for _, unit in self._store.vectors(dimension, width, unique)]
-        unit = np.concatenate(found) if found else np.empty((0, width), np.float32)
-        if len(unit) != len(unique):
+        if sum(map(len, found)) != len(unique):
             raise self._store.damage("there are documents without a vector")
-        return unit[places]
+        return np.concatenate(found)[places]
 
 
 def _release(store: DocumentStore, copies: dict[int, VectorCopy], lock: WriterLock | None, pid: int) -> None:
@@ -392,4 +400,4 @@ def _check_k(k: int) -> int:
     k = operator.index(k)
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
-    return k
+    return min(k, MOST_HITS)

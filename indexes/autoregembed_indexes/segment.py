@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from autoregembed_indexes.gpu import GpuIndex, Gpus
 from autoregembed_indexes.kinds import Faiss, FaissIndex, Kind, search_parameters
 from autoregembed_indexes.store import Rows
 from autoregembed_indexes.vectors import Float32
@@ -14,8 +15,8 @@ class Segment:
     """A FAISS index whose position i holds the vector of row `rows[i]`, and which of them still count.
 
     FAISS indexes are never asked to remove: a vector that is deleted or replaced is buried, that is, left out of
-    every search, until the segment is built anew. A segment over a mapped snapshot can be buried in, not
-    appended to.
+    every search, until the segment is built anew. A segment over a mapped snapshot, or with a copy on a GPU, can
+    be buried in, not appended to.
     """
 
     def __init__(
@@ -34,6 +35,8 @@ class Segment:
         self._faiss = faiss
         self._alive: NDArray[np.bool_] | None = None  # None: all of them
         self._ascending = True
+        self._offered = False
+        self._gpu: GpuIndex | None = None
 
     def __len__(self) -> int:
         """Count the vectors that are not buried."""
@@ -43,6 +46,17 @@ class Segment:
     def exact(self) -> bool:
         """Whether scores are exact, since the segment holds the vectors themselves."""
         return str(self.kind) == "Flat"
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether a GPU holds a copy of the vectors."""
+        return self._gpu is not None and not self._gpu.lost
+
+    def upload(self, gpus: Gpus) -> None:
+        """Copy the vectors to the GPUs, once, if there are some and they would be faster."""
+        if not self._offered and gpus.suit(self.index):
+            self._offered = True
+            self._gpu = gpus.upload(self.index, self.kind)
 
     @property
     def buried(self) -> int:
@@ -95,12 +109,20 @@ class Segment:
         scores = np.full((len(queries), k), -np.inf, dtype=np.float32)
         rows = np.full((len(queries), k), -1, dtype=np.int64)
         if fetch := min(k, available):
-            found, positions = self.index.search(queries, fetch, params=self._parameters(chosen, probes))
+            found, positions = self._find(queries, fetch, chosen, probes)
             there = positions >= 0
             found = self._exactly(queries, positions) if self.exact else found
             scores[:, :fetch] = np.where(there, found, -np.inf)
             rows[:, :fetch] = np.where(there, self.rows[positions], -1)
         return best(scores, rows, k)
+
+    def _find(
+        self, queries: Float32, k: int, chosen: NDArray[np.bool_] | None, probes: int
+    ) -> tuple[Float32, Rows]:
+        found = self._gpu.search(queries, k, chosen, probes) if self._gpu else None
+        if found is None:
+            found = self.index.search(queries, k, params=self._parameters(chosen, probes))
+        return found
 
     def _exactly(self, queries: Float32, positions: Rows) -> Float32:
         """Score again in float64: FAISS' sums depend, in their last digits, on where a vector lies."""

@@ -1,4 +1,4 @@
-"""AutoRegEmbed for LangChain: embeddings and a vector store.
+"""AutoRegEmbed for LangChain: embeddings, a vector store and its retriever.
 
 Importing it is cheap: PyTorch is loaded by the first `AutoRegEmbeddings(...)`, FAISS by the first store.
 """
@@ -11,6 +11,7 @@ except ImportError as error:
     ) from error
 
 from langchain_autoregembed.embeddings import AutoRegEmbeddings
+from langchain_autoregembed.retrievers import AutoRegRetriever
 from langchain_autoregembed.vectorstores import AutoRegVectorStore
 
-__all__ = ["AutoRegEmbeddings", "AutoRegVectorStore"]
+__all__ = ["AutoRegEmbeddings", "AutoRegRetriever", "AutoRegVectorStore"]

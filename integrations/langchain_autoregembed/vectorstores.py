@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from os import PathLike
@@ -10,14 +11,21 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from langchain_core.documents import Document
 from langchain_core.embeddings import Embeddings
+from langchain_core.runnables import run_in_executor
 from langchain_core.vectorstores import VectorStore
-from langchain_core.vectorstores.utils import maximal_marginal_relevance
 from numpy.typing import NDArray
 
-from autoregembed_indexes import DocumentIndex, Hit
+from autoregembed_indexes import DocumentIndex, Filter
+from langchain_autoregembed.documents import (
+    RESERVED_PREFIX,
+    own_filter,
+    to_document,
+    with_scores,
+    without_scores,
+)
+from langchain_autoregembed.retrievers import AutoRegRetriever
 
-# What the LlamaIndex store keeps of a node beside its text and metadata; never shown to LangChain.
-RESERVED_PREFIX = "_llama_index_"
+Vector = Sequence[float] | NDArray[np.float32]
 
 
 @runtime_checkable
@@ -32,16 +40,21 @@ class _ArrayEmbeddings(Protocol):
 
 
 class AutoRegVectorStore(VectorStore):
-    """Documents and their vectors in a folder, or in memory; exact search by cosine.
+    """Documents and their vectors in a folder, or in memory, searched by cosine, by words, or by both.
 
     When a call that adds or deletes returns, the change is on disk. The same folder serves LlamaIndex
     (`llama_index.vector_stores.autoregembed`). One store at a time may write to a folder, any number may
     read it with `read_only=True`. The async methods run in a thread. Pickling keeps the path, and the copy
     opens read-only.
 
+    A `filter` is a dict such as {"lang": "en", "year": {"$gte": 2000}}, in the operators of
+    `DocumentIndex.search`, or, slower, a function from metadata to bool. Only what matches is ranked: fewer
+    than k documents come back only when fewer match.
+
         store = AutoRegVectorStore(AutoRegEmbeddings(), "index")
-        store.add_texts(["Goethe wrote Faust."], metadatas=[{"lang": "en"}], ids=["faust"])
-        retriever = store.as_retriever(search_kwargs={"k": 3, "filter": {"lang": "en"}})
+        store.add_texts(["Goethe wrote Faust."], metadatas=[{"lang": "en", "year": 1808}], ids=["faust"])
+        store.similarity_search("Who wrote Faust?", k=3, filter={"year": {"$lt": 1900}})
+        retriever = store.as_retriever(search_type="hybrid", search_kwargs={"k": 3})
     """
 
     def __init__(
@@ -49,37 +62,42 @@ class AutoRegVectorStore(VectorStore):
         embedding: Embeddings,
         path: str | PathLike[str] | None = None,
         *,
-        factory: str = "auto",
         read_only: bool = False,
+        **index_options: Any,
     ) -> None:
         """Open the index at `path`, or make it if there is none.
 
         Args:
-            embedding: any LangChain embeddings. Those of this package record their fingerprint in the index.
+            embedding: any LangChain embeddings. Those of this package record their fingerprint in the index;
+                for others, `encoder="a name of your own"` does.
             path: a folder; None keeps everything in memory.
-            factory: how a new index searches, see `DocumentIndex.create`.
             read_only: search only; the index must exist.
+            **index_options: see `DocumentIndex.create`. `factory`, `tokenizer` and `memory_budget` are for
+                a new index; one that exists keeps its own.
 
         Raises:
             ImportError: FAISS is missing.
             IndexMismatchError: the index was built by another encoder; both are named.
             IndexLockedError: another store has the folder open for writing.
             FileNotFoundError: `read_only`, and there is no index at `path`.
+            TypeError: an option is unknown, or the embeddings settle it.
         """
         self.embedding = embedding
         arrays = embedding if isinstance(embedding, _ArrayEmbeddings) else None
         settings = arrays._index_settings() if arrays else {}
         self._embed_documents = arrays._embed_documents_array if arrays else embedding.embed_documents
         self._embed_query = arrays._embed_query_array if arrays else embedding.embed_query
-        if path is not None and (read_only or DocumentIndex.exists(path)):
-            self.index = DocumentIndex.open(path, encoder=settings.get("encoder"), read_only=read_only)
-        else:
-            self.index = DocumentIndex.create(path, factory=factory, **settings)
+        self.index = _open_or_create(path, settings, index_options, read_only=read_only)
 
     @property
     def embeddings(self) -> Embeddings:
         """The embeddings given at construction."""
         return self.embedding
+
+    def as_retriever(self, **kwargs: Any) -> AutoRegRetriever:
+        """A retriever for chains: `search_type` and `search_kwargs` as `AutoRegRetriever` describes them."""
+        tags = kwargs.pop("tags", None) or self._get_retriever_tags()
+        return AutoRegRetriever(vectorstore=self, tags=tags, **kwargs)
 
     def close(self) -> None:
         """Let another store write to the folder; a store in memory is gone."""
@@ -130,7 +148,7 @@ class AutoRegVectorStore(VectorStore):
         ids: list[str] | None = None,
         **kwargs: Any,
     ) -> AutoRegVectorStore:
-        """Make or open a store (`path`, `factory`: see the constructor) and add texts to it."""
+        """Make or open a store (`path` and other options: see the constructor) and add texts to it."""
         store = cls(embedding, **kwargs)
         try:
             store.add_texts(texts, metadatas, ids=ids)
@@ -150,52 +168,51 @@ class AutoRegVectorStore(VectorStore):
 
     def get_by_ids(self, ids: Sequence[str], /) -> list[Document]:
         """The documents with these ids, in this order, leaving out those that are not there."""
-        return [_document(found.id, found.text, found.metadata) for found in self.index.get(ids)]
+        return [to_document(found.id, found.text, found.metadata) for found in self.index.get(ids)]
 
     def similarity_search(
         self,
         query: str,
         k: int = 4,
-        filter: Mapping[str, Any] | None = None,  # noqa: A002
+        filter: Filter | None = None,  # noqa: A002
         **kwargs: Any,
     ) -> list[Document]:
-        """The k documents most similar to a query, best first; see `similarity_search_with_score`."""
-        return [document for document, _ in self.similarity_search_with_score(query, k, filter, **kwargs)]
+        """The k documents most similar to a query, best first."""
+        return without_scores(self.similarity_search_with_score(query, k, filter, **kwargs))
 
     def similarity_search_with_score(
         self,
         query: str,
         k: int = 4,
-        filter: Mapping[str, Any] | None = None,  # noqa: A002
+        filter: Filter | None = None,  # noqa: A002
         **kwargs: Any,
     ) -> list[tuple[Document, float]]:
         """The k documents most similar to a query, each with its cosine in [-1, 1], best first.
 
-        `filter` is {metadata key: value, ...}, all of which must be equal, by JSON type (true is not 1).
-        Fewer than k come back only when fewer than k match.
+        `similarity_search_with_relevance_scores` gives max(0, cosine), where 1 is a perfect match.
         """
         _refuse_unknown(kwargs)
-        return self._search(self._embed_query(query), k, filter)
+        return self.similarity_search_with_score_by_vector(self._embed_query(query), k, filter)
 
     def similarity_search_by_vector(
         self,
-        embedding: list[float],
+        embedding: Vector,
         k: int = 4,
-        filter: Mapping[str, Any] | None = None,  # noqa: A002
+        filter: Filter | None = None,  # noqa: A002
         **kwargs: Any,
     ) -> list[Document]:
         """The k documents most similar to a query's vector, best first."""
         _refuse_unknown(kwargs)
-        return [document for document, _ in self._search(embedding, k, filter)]
+        return without_scores(self.similarity_search_with_score_by_vector(embedding, k, filter))
 
     def similarity_search_with_score_by_vector(
         self,
-        embedding: list[float],
+        embedding: Vector,
         k: int = 4,
-        filter: Mapping[str, Any] | None = None,  # noqa: A002
+        filter: Filter | None = None,  # noqa: A002
     ) -> list[tuple[Document, float]]:
         """The k documents most similar to a query's vector, each with its cosine in [-1, 1], best first."""
-        return self._search(embedding, k, filter)
+        return with_scores(self.index.search(_as_row(embedding), k, own_filter(filter))[0])
 
     def max_marginal_relevance_search(
         self,
@@ -203,63 +220,167 @@ class AutoRegVectorStore(VectorStore):
         k: int = 4,
         fetch_k: int = 20,
         lambda_mult: float = 0.5,
-        filter: Mapping[str, Any] | None = None,  # noqa: A002
+        filter: Filter | None = None,  # noqa: A002
         **kwargs: Any,
     ) -> list[Document]:
         """k of the `fetch_k` most similar documents, chosen to be similar to the query and unlike each other.
 
         `lambda_mult` is the weight of similarity: 1 ignores diversity, 0 is all diversity.
         """
-        _refuse_unknown(kwargs)
-        return self._diverse(self._embed_query(query), k, fetch_k, lambda_mult, filter)
+        return self.max_marginal_relevance_search_by_vector(
+            self._embed_query(query), k, fetch_k, lambda_mult, filter, **kwargs
+        )
 
     def max_marginal_relevance_search_by_vector(
         self,
-        embedding: list[float],
+        embedding: Vector,
         k: int = 4,
         fetch_k: int = 20,
         lambda_mult: float = 0.5,
-        filter: Mapping[str, Any] | None = None,  # noqa: A002
+        filter: Filter | None = None,  # noqa: A002
         **kwargs: Any,
     ) -> list[Document]:
         """`max_marginal_relevance_search` for a query's vector."""
         _refuse_unknown(kwargs)
-        return self._diverse(embedding, k, fetch_k, lambda_mult, filter)
+        [hits] = self.index.search_mmr(
+            _as_row(embedding), k, own_filter(filter), fetch_k=fetch_k, lambda_mult=lambda_mult
+        )
+        return without_scores(with_scores(hits))
+
+    def text_search(
+        self,
+        query: str,
+        k: int = 4,
+        filter: Filter | None = None,  # noqa: A002
+    ) -> list[Document]:
+        """The k documents that match a query's words best, best first; at least one word must occur."""
+        return without_scores(self.text_search_with_score(query, k, filter))
+
+    def text_search_with_score(
+        self,
+        query: str,
+        k: int = 4,
+        filter: Filter | None = None,  # noqa: A002
+    ) -> list[tuple[Document, float]]:
+        """`text_search` with BM25 scores: higher is better, comparable within one result only."""
+        return with_scores(self.index.search_text(query, k, own_filter(filter)))
+
+    def hybrid_search(
+        self,
+        query: str,
+        k: int = 4,
+        filter: Filter | None = None,  # noqa: A002
+        *,
+        weights: tuple[float, float] = (1.0, 1.0),
+        fetch_k: int | None = None,
+    ) -> list[Document]:
+        """The k best documents by similarity and by words together, best first.
+
+        The two rankings are fused by rank, see `DocumentIndex.search_hybrid`; `weights` are those of
+        similarity and of words, `fetch_k` says how deep each ranking is (by default max(50, 4 k)).
+        """
+        return without_scores(
+            self.hybrid_search_with_score(query, k, filter, weights=weights, fetch_k=fetch_k)
+        )
+
+    def hybrid_search_with_score(
+        self,
+        query: str,
+        k: int = 4,
+        filter: Filter | None = None,  # noqa: A002
+        *,
+        weights: tuple[float, float] = (1.0, 1.0),
+        fetch_k: int | None = None,
+    ) -> list[tuple[Document, float]]:
+        """`hybrid_search` with scores, which only order one result: neither cosines nor relevance in [0, 1]."""
+        vector = _as_row(self._embed_query(query))
+        [hits] = self.index.search_hybrid(
+            vector, [query], k, own_filter(filter), weights=weights, fetch_k=fetch_k
+        )
+        return with_scores(hits)
+
+    def more_like(
+        self,
+        id: str,  # noqa: A002
+        k: int = 4,
+        filter: Filter | None = None,  # noqa: A002
+    ) -> list[Document]:
+        """The k documents most similar to a stored one, which is left out; KeyError if it is not there."""
+        return without_scores(with_scores(self.index.search_similar([id], k, own_filter(filter))[0]))
+
+    def search(self, query: str, search_type: str, **kwargs: Any) -> list[Document]:
+        """Search in one of the ways of `AutoRegRetriever`, with the arguments of that search."""
+        _check_search_type(search_type)
+        if search_type == "hybrid":
+            return self.hybrid_search(query, **kwargs)
+        return super().search(query, search_type, **kwargs)
+
+    async def asearch(self, query: str, search_type: str, **kwargs: Any) -> list[Document]:
+        """`search` in a thread."""
+        _check_search_type(search_type)
+        if search_type == "hybrid":
+            return await self.ahybrid_search(query, **kwargs)
+        return await super().asearch(query, search_type, **kwargs)
+
+    async def asimilarity_search_with_score_by_vector(
+        self, *args: Any, **kwargs: Any
+    ) -> list[tuple[Document, float]]:
+        """`similarity_search_with_score_by_vector` in a thread."""
+        return await run_in_executor(None, self.similarity_search_with_score_by_vector, *args, **kwargs)
+
+    async def atext_search(self, *args: Any, **kwargs: Any) -> list[Document]:
+        """`text_search` in a thread."""
+        return await run_in_executor(None, self.text_search, *args, **kwargs)
+
+    async def atext_search_with_score(self, *args: Any, **kwargs: Any) -> list[tuple[Document, float]]:
+        """`text_search_with_score` in a thread."""
+        return await run_in_executor(None, self.text_search_with_score, *args, **kwargs)
+
+    async def ahybrid_search(self, *args: Any, **kwargs: Any) -> list[Document]:
+        """`hybrid_search` in a thread."""
+        return await run_in_executor(None, self.hybrid_search, *args, **kwargs)
+
+    async def ahybrid_search_with_score(self, *args: Any, **kwargs: Any) -> list[tuple[Document, float]]:
+        """`hybrid_search_with_score` in a thread."""
+        return await run_in_executor(None, self.hybrid_search_with_score, *args, **kwargs)
+
+    async def amore_like(self, *args: Any, **kwargs: Any) -> list[Document]:
+        """`more_like` in a thread."""
+        return await run_in_executor(None, self.more_like, *args, **kwargs)
 
     def _select_relevance_score_fn(self) -> Callable[[float], float]:
         return lambda cosine: max(0.0, cosine)
 
-    def _hits(
-        self, vector: Sequence[float] | NDArray[np.float32], k: int, where: Mapping[str, Any] | None
-    ) -> list[Hit]:
-        return self.index.search(np.asarray([vector], dtype=np.float32), k=k, filter=where)[0]
 
-    def _search(
-        self, vector: Sequence[float] | NDArray[np.float32], k: int, where: Mapping[str, Any] | None
-    ) -> list[tuple[Document, float]]:
-        return [
-            (_document(hit.id, hit.text, hit.metadata), hit.score) for hit in self._hits(vector, k, where)
-        ]
-
-    def _diverse(
-        self,
-        vector: Sequence[float] | NDArray[np.float32],
-        k: int,
-        fetch_k: int,
-        lambda_mult: float,
-        where: Mapping[str, Any] | None,
-    ) -> list[Document]:
-        hits = self._hits(vector, max(k, fetch_k), where)
-        query = np.asarray(vector, dtype=np.float32)
-        # A query of fewer compressed tokens is compared with the same part of each document.
-        rows = self.index.vectors([hit.id for hit in hits])[:, : len(query)]
-        chosen = maximal_marginal_relevance(query, list(rows), lambda_mult=lambda_mult, k=k) if hits else []
-        return [_document(hits[i].id, hits[i].text, hits[i].metadata) for i in chosen]
+def _open_or_create(
+    path: str | PathLike[str] | None,
+    settings: Mapping[str, Any],
+    options: Mapping[str, Any],
+    *,
+    read_only: bool,
+) -> DocumentIndex:
+    """`settings` are the embeddings' own, `options` the user's."""
+    known = inspect.signature(DocumentIndex.create).parameters.keys() - settings.keys() - {"path"}
+    if unknown := sorted(options.keys() - known):
+        raise TypeError(f"unknown options {unknown}: an index with these embeddings takes {sorted(known)}")
+    if path is None and read_only:
+        raise ValueError("read_only needs a path: a new store in memory would have nothing to read")
+    if path is None or not (read_only or DocumentIndex.exists(path)):
+        return DocumentIndex.create(path, **settings, **options)
+    # Not the embeddings' dimension: with fewer tokens than the index has, they may still search it.
+    offered = {"encoder": settings.get("encoder"), **options}
+    taken = inspect.signature(DocumentIndex.open).parameters.keys() & offered.keys()
+    return DocumentIndex.open(path, read_only=read_only, **{name: offered[name] for name in taken})
 
 
-def _document(id_: str, text: str, metadata: Mapping[str, Any]) -> Document:
-    own = {key: value for key, value in metadata.items() if not key.startswith(RESERVED_PREFIX)}
-    return Document(id=id_, page_content=text, metadata=own)
+def _as_row(vector: Vector) -> NDArray[np.float32]:
+    return np.asarray([vector], dtype=np.float32)
+
+
+def _check_search_type(search_type: str) -> None:
+    allowed = AutoRegRetriever.allowed_search_types
+    if search_type not in allowed:
+        raise ValueError(f"search_type of {search_type} not allowed. Valid values are: {allowed}")
 
 
 def _refuse_reserved(metadatas: Iterable[Mapping[str, Any] | None], ids: Iterable[str]) -> None:

@@ -1,8 +1,10 @@
 import copy
 import math
 import pickle
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -12,12 +14,12 @@ from langchain_core.indexing import InMemoryRecordManager, index
 from langchain_core.language_models import FakeListChatModel
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import ChatPromptTemplate
-from langchain_core.runnables import RunnablePassthrough
+from langchain_core.runnables import ConfigurableField, RunnablePassthrough
 from langchain_core.vectorstores import VectorStore
-from langchain_tests.integration_tests import VectorStoreIntegrationTests
+from langchain_tests.integration_tests import RetrieversIntegrationTests, VectorStoreIntegrationTests
 
 from autoregembed_indexes import DocumentIndex, DocumentIndexError, IndexLockedError, IndexMismatchError
-from langchain_autoregembed import AutoRegEmbeddings, AutoRegVectorStore
+from langchain_autoregembed import AutoRegEmbeddings, AutoRegRetriever, AutoRegVectorStore
 
 DEGREES = {"east": 0, "near east": 10, "north": 90, "west": 180}
 TEXTS = ["red apples", "green pears", "blue whales", "yellow bees"]
@@ -52,11 +54,57 @@ class TestStandardWithArrays(VectorStoreIntegrationTests):
         store.close()
 
 
+class TestStandardWithAnApproximateFactory(VectorStoreIntegrationTests):
+    @pytest.fixture
+    def vectorstore(self, tmp_path: Path) -> Iterator[VectorStore]:
+        store = AutoRegVectorStore(self.get_embeddings(), tmp_path / "index", factory="IVF,SQ8")
+        yield store
+        store.close()
+
+
+class RetrieverSuite(RetrieversIntegrationTests):
+    search_type: str
+    search_kwargs: ClassVar[dict[str, Any]] = {}
+    retriever_constructor = AutoRegRetriever
+    retriever_query_example = "green apples"
+
+    @pytest.fixture(autouse=True)
+    def fill(self, embeddings: AutoRegEmbeddings, tmp_path: Path) -> Iterator[None]:
+        self.store = AutoRegVectorStore.from_texts(TEXTS, embeddings, path=tmp_path / "index")
+        yield
+        self.store.close()
+
+    @property
+    def retriever_constructor_params(self) -> dict[str, Any]:
+        return {
+            "vectorstore": self.store,
+            "search_type": self.search_type,
+            "search_kwargs": self.search_kwargs,
+        }
+
+
+class TestSimilarityRetriever(RetrieverSuite):
+    search_type = "similarity"
+
+
+class TestThresholdRetriever(RetrieverSuite):
+    search_type = "similarity_score_threshold"
+    search_kwargs: ClassVar[dict[str, Any]] = {"score_threshold": 0.0}
+
+
+class TestDiverseRetriever(RetrieverSuite):
+    search_type = "mmr"
+
+
+class TestHybridRetriever(RetrieverSuite):
+    search_type = "hybrid"
+
+
 class Compass(Embeddings):
-    """Four directions in the plane, so that every cosine is known."""
+    """Four directions in the plane, so that every cosine is known; what follows a comma only names things."""
 
     def embed_query(self, text: str) -> list[float]:
-        angle = math.radians(DEGREES[text])
+        angle = math.radians(DEGREES[text.split(",")[0]])
         return [math.cos(angle), math.sin(angle)]
 
     def embed_documents(self, texts: list[str]) -> list[list[float]]:
@@ -71,6 +119,43 @@ def embeddings(tiny_checkpoint: Path) -> AutoRegEmbeddings:
 @pytest.fixture
 def compass() -> AutoRegVectorStore:
     return AutoRegVectorStore.from_texts(list(DEGREES), Compass(), ids=list(DEGREES))
+
+
+@pytest.fixture
+def harbours() -> AutoRegVectorStore:
+    """To a query for "east, tea", vectors rank a b c d; words rank d before b and leave out the rest."""
+    return AutoRegVectorStore.from_texts(
+        [
+            "east, some silk",
+            "near east, tea and silk and paper and salt",
+            "north, fish",
+            "west, tea and tea",
+        ],
+        Compass(),
+        [{"year": year} for year in (1600, 1700, 1800, 1900)],
+        ids=list("abcd"),
+    )
+
+
+QUERY = "east, tea"
+SEARCHES: dict[str, Callable[..., list[Document]]] = {
+    "similarity": lambda store, **options: store.similarity_search(QUERY, **options),
+    "score": lambda store, **options: [d for d, _ in store.similarity_search_with_score(QUERY, **options)],
+    "relevance": lambda store, **options: [
+        d for d, _ in store.similarity_search_with_relevance_scores(QUERY, **options)
+    ],
+    "vector": lambda store, **options: store.similarity_search_by_vector([1.0, 0.0], **options),
+    "mmr": lambda store, **options: store.max_marginal_relevance_search(QUERY, **options),
+    "mmr by vector": lambda store, **options: store.max_marginal_relevance_search_by_vector(
+        [1.0, 0.0], **options
+    ),
+    "text": lambda store, **options: store.text_search("tea silk fish", **options),
+    "hybrid": lambda store, **options: store.hybrid_search(QUERY, **options),
+    "like": lambda store, **options: store.more_like("a", **options),
+    "retriever": lambda store, **options: store.as_retriever(
+        search_type="hybrid", search_kwargs=options
+    ).invoke(QUERY),
+}
 
 
 def test_a_chain_answers_from_the_retrieved_documents(embeddings):
@@ -109,6 +194,17 @@ def test_scores_are_cosines_and_relevance_is_never_negative(compass):
     np.testing.assert_allclose(relevance, [1, math.cos(math.radians(10)), 0, 0], atol=1e-3)
 
 
+def test_relevance_is_1_for_a_perfect_match_and_never_outside_0_to_1():
+    texts = [f"text {number}" for number in range(40)]
+    store = AutoRegVectorStore.from_texts(texts, DeterministicFakeEmbedding(size=6))
+    for text in texts:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # LangChain warns of relevance outside [0, 1]
+            found = store.similarity_search_with_relevance_scores(text, k=40)
+        assert found[0][0].page_content == text
+        assert found[0][1] == pytest.approx(1, abs=1e-3)
+
+
 def test_score_threshold_keeps_the_relevant(compass):
     retriever = compass.as_retriever(
         search_type="similarity_score_threshold", search_kwargs={"score_threshold": 0.5}
@@ -121,21 +217,15 @@ def test_max_marginal_relevance_prefers_what_differs(compass):
     diverse = compass.max_marginal_relevance_search("east", k=2, lambda_mult=0.1)
     assert [document.page_content for document in similar] == ["east", "near east"]
     assert [document.page_content for document in diverse] == ["east", "west"]
-    assert AutoRegVectorStore(Compass()).max_marginal_relevance_search("east") == []
     assert len(compass.as_retriever(search_type="mmr", search_kwargs={"k": 3}).invoke("north")) == 3
-
-
-def test_max_marginal_relevance_obeys_the_filter():
-    store = AutoRegVectorStore.from_texts(
-        ["east", "north"], Compass(), metadatas=[{"hot": False}, {"hot": True}]
-    )
-    found = store.max_marginal_relevance_search("east", filter={"hot": True})
-    assert [document.page_content for document in found] == ["north"]
 
 
 def test_searching_by_vector_finds_the_same(compass):
     vector = Compass().embed_query("north")
     assert compass.similarity_search_by_vector(vector, k=2) == compass.similarity_search("north", k=2)
+    assert compass.max_marginal_relevance_search_by_vector(vector, k=3, lambda_mult=0.3) == (
+        compass.max_marginal_relevance_search("north", k=3, lambda_mult=0.3)
+    )
     assert compass.similarity_search_with_score_by_vector(vector, k=1)[0][1] == pytest.approx(1, abs=1e-3)
 
 
@@ -149,9 +239,142 @@ def test_a_filter_ranks_only_what_matches(embeddings):
     assert store.similarity_search("x", filter={"n": 7, "odd": False}) == []
 
 
+@pytest.mark.parametrize("search", SEARCHES.values(), ids=SEARCHES)
+def test_every_search_obeys_operators_and_functions(harbours, search):
+    years = {d.metadata["year"] for d in search(harbours, k=9, filter={"year": {"$gt": 1650, "$ne": 1800}})}
+    assert years == {1700, 1900}
+    judged = search(harbours, k=9, filter=lambda metadata: metadata["year"] in (1700, 1900))
+    assert {d.metadata["year"] for d in judged} == years
+    assert search(harbours, filter={"$or": [{"year": 2000}, {"year": {"$in": [2001]}}]}) == []
+    with pytest.raises(ValueError, match=r"\$near"):
+        search(harbours, filter={"year": {"$near": 1700}})
+
+
+@pytest.mark.parametrize("search", SEARCHES.values(), ids=SEARCHES)
+def test_every_search_returns_k_documents_with_their_ids(harbours, search):
+    found = search(harbours, k=2)
+    assert len(found) == 2
+    assert harbours.get_by_ids([document.id for document in found]) == found
+
+
+@pytest.mark.parametrize("name", sorted(SEARCHES.keys() - {"like"}))
+def test_an_empty_store_finds_nothing(name):
+    assert SEARCHES[name](AutoRegVectorStore(Compass())) == []
+
+
+def test_a_filter_function_judges_the_users_metadata_alone(harbours):
+    harbours.index.add([[1.0, 0.0]], ["a node"], ids=["n"], metadatas=[{"year": 5, "_llama_index_node": "x"}])
+    seen = []
+    found = harbours.similarity_search("east", k=9, filter=lambda metadata: seen.append(metadata) or True)
+    assert len(found) == 5
+    assert {"year": 5} in seen
+    assert {key for metadata in seen for key in metadata} == {"year"}
+
+
+def test_a_filter_function_that_fails_is_heard_and_leaves_the_store_usable(harbours):
+    with pytest.raises(KeyError, match="colour"):
+        harbours.similarity_search("east", filter=lambda metadata: metadata["colour"] == "red")
+    harbours.add_texts(["north, ice"])
+    assert len(harbours.similarity_search("east", k=9)) == 5
+
+
+def test_text_search_ranks_by_words(harbours):
+    found = harbours.text_search_with_score("Tea?", k=4)
+    assert [document.id for document, _ in found] == ["d", "b"]
+    assert found[0][1] > found[1][1]
+    assert harbours.text_search("Tea?") == [document for document, _ in found]
+    assert harbours.text_search("coffee") == []
+
+
+def test_hybrid_search_fuses_similarity_and_words_by_rank(harbours):
+    found = harbours.hybrid_search_with_score(QUERY, k=4)
+    # "east" is a word of a and b, "tea" of b and d.
+    words = [document.id for document in harbours.text_search(QUERY)]
+    expected = {id_: 1 / (60 + rank) for rank, id_ in enumerate("abcd", 1)}
+    for rank, id_ in enumerate(words, 1):
+        expected[id_] += 1 / (60 + rank)
+    assert {document.id: score for document, score in found} == pytest.approx(expected)
+    assert [score for _, score in found] == sorted(expected.values(), reverse=True)
+    assert harbours.hybrid_search(QUERY, k=4) == [document for document, _ in found]
+
+
+def test_hybrid_weights_choose_between_similarity_and_words(harbours):
+    by_words = harbours.hybrid_search("east, tea tea", k=1, weights=(0, 1))
+    assert by_words == harbours.text_search("east, tea tea", k=1)
+    by_similarity = harbours.hybrid_search(QUERY, k=3, weights=(1, 0), fetch_k=3)
+    assert by_similarity == harbours.similarity_search(QUERY, k=3)
+    with pytest.raises(ValueError, match="weights"):
+        harbours.hybrid_search(QUERY, weights=(1, -1))
+
+
+def test_more_like_leaves_the_document_itself_out(compass):
+    assert [d.id for d in compass.more_like("east", k=2)] == ["near east", "north"]
+    with pytest.raises(KeyError, match="south"):
+        compass.more_like("south")
+
+
+def test_a_retriever_searches_as_the_store_does(harbours):
+    for search_type, search in {
+        "similarity": harbours.similarity_search,
+        "mmr": harbours.max_marginal_relevance_search,
+        "hybrid": harbours.hybrid_search,
+    }.items():
+        options = {"k": 3, "filter": {"year": {"$lt": 1850}}}
+        retriever = harbours.as_retriever(search_type=search_type, search_kwargs=options)
+        assert isinstance(retriever, AutoRegRetriever)
+        assert retriever.invoke(QUERY) == search(QUERY, **options)
+        assert harbours.search(QUERY, search_type, **options) == search(QUERY, **options)
+        assert retriever.invoke(QUERY, k=1) == search(QUERY, k=1, filter=options["filter"])
+
+
+async def test_a_retriever_finds_the_same_async(harbours):
+    for search_type in ("similarity", "mmr", "hybrid"):
+        retriever = harbours.as_retriever(search_type=search_type, search_kwargs={"k": 3})
+        assert await retriever.ainvoke(QUERY) == retriever.invoke(QUERY)
+        assert await harbours.asearch(QUERY, search_type, k=3) == retriever.invoke(QUERY)
+        assert await retriever.ainvoke(QUERY, k=1) == retriever.invoke(QUERY, k=1)
+
+
+async def test_an_unknown_search_type_is_told_which_exist(compass):
+    every = r"bm25.*'similarity', 'similarity_score_threshold', 'mmr', 'hybrid'"
+    with pytest.raises(ValueError, match=every):
+        compass.as_retriever(search_type="bm25")
+    with pytest.raises(ValueError, match=every):
+        compass.search("east", "bm25")
+    with pytest.raises(ValueError, match=every):
+        await compass.asearch("east", "bm25")
+
+
+def test_a_threshold_retriever_needs_its_threshold(compass):
+    for search_kwargs in ({}, {"score_threshold": "0.5"}):
+        with pytest.raises(ValueError, match="score_threshold"):
+            compass.as_retriever(search_type="similarity_score_threshold", search_kwargs=search_kwargs)
+
+
+def test_a_retriever_takes_k_by_itself_and_refuses_what_it_would_ignore(compass):
+    assert len(compass.as_retriever(k=2).invoke("east")) == 2
+    assert len(compass.as_retriever(k=2).invoke("east", k=3)) == 3
+    with pytest.raises(ValueError, match=r"\['filter'\].*search_kwargs"):
+        compass.as_retriever(filter={"a": 1})
+    with pytest.raises(ValueError, match="k is given twice"):
+        compass.as_retriever(k=2, search_kwargs={"k": 3})
+    with pytest.raises(ValueError, match="greater than or equal to 1"):
+        compass.as_retriever(k=0)
+
+
+def test_a_retrievers_search_may_be_chosen_when_a_chain_runs(harbours):
+    chain = harbours.as_retriever(k=1).configurable_fields(
+        search_type=ConfigurableField(id="how"), search_kwargs=ConfigurableField(id="with")
+    )
+    assert [d.id for d in chain.invoke(QUERY)] == ["a"]
+    chosen = {"how": "hybrid", "with": {"weights": (0, 1), "filter": {"year": 1900}}}
+    assert [d.id for d in chain.invoke(QUERY, {"configurable": chosen})] == ["d"]
+
+
 def test_unknown_search_options_are_named_not_ignored(compass):
-    with pytest.raises(TypeError, match="filters"):
-        compass.similarity_search("east", filters={"a": 1})
+    for search_type in ("similarity", "mmr", "hybrid"):
+        with pytest.raises(TypeError, match="filters"):
+            compass.search("east", search_type, filters={"a": 1})
 
 
 def test_ids_may_be_missing_per_item_and_the_keyword_wins(embeddings):
@@ -243,6 +466,32 @@ def test_the_encoder_is_recorded_and_another_is_refused_by_name(
     assert other.fingerprint in str(raised.value)
 
 
+def test_foreign_embeddings_may_be_named_and_others_are_refused(tmp_path):
+    AutoRegVectorStore(Compass(), tmp_path / "index", encoder="compass").close()
+    AutoRegVectorStore(Compass(), tmp_path / "index", encoder="compass").close()
+    with pytest.raises(IndexMismatchError, match=r"compass.*sextant"):
+        AutoRegVectorStore(Compass(), tmp_path / "index", encoder="sextant")
+
+
+def test_a_new_index_is_made_with_the_options_given_and_keeps_them(embeddings, tmp_path):
+    options = {"factory": "IVF,SQ8", "tokenizer": "trigram", "memory_budget": 2**20}
+    for given in (options, {}, {"factory": "Flat"}):
+        store = AutoRegVectorStore(embeddings, tmp_path / "index", **given)
+        assert options.items() <= store.index.info().items()
+        store.close()
+    assert AutoRegVectorStore.from_texts(TEXTS, embeddings, tokenizer="trigram").text_search("hale")
+
+
+def test_unknown_index_options_are_named_not_ignored(embeddings, tmp_path):
+    AutoRegVectorStore(embeddings, tmp_path / "there").close()
+    for folder in ("new", "there"):
+        with pytest.raises(TypeError, match=r"\['factroy'\].*'factory'"):
+            AutoRegVectorStore(embeddings, tmp_path / folder, factroy="Flat")
+        with pytest.raises(TypeError, match=r"\['encoder'\]"):
+            AutoRegVectorStore(embeddings, tmp_path / folder, encoder="mine")
+    assert not (tmp_path / "new").exists()
+
+
 def test_foreign_embeddings_of_another_dimension_are_refused(tmp_path):
     AutoRegVectorStore.from_texts(["a"], DeterministicFakeEmbedding(size=6), path=tmp_path / "index").close()
     store = AutoRegVectorStore(DeterministicFakeEmbedding(size=7), tmp_path / "index")
@@ -310,9 +559,22 @@ def test_langchains_indexing_updates_and_cleans_up(embeddings):
 
 async def test_async_calls_leave_the_loop_free(embeddings, monkeypatch, slowly, ticks_while):
     store = AutoRegVectorStore.from_texts(TEXTS, embeddings)
-    monkeypatch.setattr(DocumentIndex, "add", slowly(DocumentIndex.add))
-    monkeypatch.setattr(DocumentIndex, "search", slowly(DocumentIndex.search))
-    assert await ticks_while(store.aadd_texts(["more"])) >= 5
-    assert await ticks_while(store.asimilarity_search("fruit")) >= 5
-    assert await ticks_while(store.as_retriever().ainvoke("fruit")) >= 5
-    assert await ticks_while(store.amax_marginal_relevance_search("fruit")) >= 5
+    [id_] = store.add_texts(["more"])
+    for name in ("add", "search", "search_text", "search_hybrid", "search_mmr", "search_similar", "get"):
+        monkeypatch.setattr(DocumentIndex, name, slowly(getattr(DocumentIndex, name)))
+    calls = {
+        "add": store.aadd_texts(["more"]),
+        "get": store.aget_by_ids([id_]),
+        "similarity": store.asimilarity_search("fruit"),
+        "vector": store.asimilarity_search_with_score_by_vector(embeddings.embed_query("fruit")),
+        "mmr": store.amax_marginal_relevance_search("fruit"),
+        "text": store.atext_search("bees"),
+        "text scores": store.atext_search_with_score("bees"),
+        "hybrid": store.ahybrid_search("fruit", weights=(1, 2)),
+        "hybrid scores": store.ahybrid_search_with_score("fruit"),
+        "like": store.amore_like(id_),
+        "retriever": store.as_retriever().ainvoke("fruit"),
+        "hybrid retriever": store.as_retriever(search_type="hybrid").ainvoke("fruit"),
+    }
+    for name, call in calls.items():
+        assert await ticks_while(call) >= 5, name
