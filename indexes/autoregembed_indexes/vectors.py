@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -30,8 +31,14 @@ def normalise(matrix: NDArray[np.generic], names: Sequence[object]) -> Float32:
 
     `names` says how an error calls each row. Raises ValueError for NaN, infinity or a row of zeros.
     """
+    wide: NDArray[np.floating[Any]] = matrix.astype(
+        np.float64 if matrix.dtype == np.float64 else np.float32, copy=False
+    )
+    squares = np.einsum("ij,ij->i", wide, wide)
+    if ((squares > 1e-20) & (squares < 1e20)).all():
+        ordinary: Float32 = (wide * (1 / np.sqrt(squares))[:, None]).astype(np.float32, copy=False)
+        return ordinary
     # The largest entry is divided out before squaring, so that no finite row over- or underflows.
-    wide = matrix if matrix.dtype == np.float64 else matrix.astype(np.float32)
     largest = np.abs(wide).max(axis=1, keepdims=True, initial=0)
     bad = ~(np.isfinite(largest) & (largest > 0))[:, 0]
     if bad.any():

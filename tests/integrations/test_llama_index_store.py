@@ -1,48 +1,32 @@
+import json
 import math
 import pickle
 
+import fsspec
+import numpy as np
 import pytest
-from llama_index.core import Document, MockEmbedding, StorageContext, VectorStoreIndex
+from llama_index.core import (
+    Document,
+    MockEmbedding,
+    StorageContext,
+    VectorStoreIndex,
+    load_index_from_storage,
+)
 from llama_index.core.llms import MockLLM
 from llama_index.core.node_parser import SentenceSplitter
 from llama_index.core.schema import ImageNode, IndexNode, MediaResource, Node, NodeRelationship, TextNode
 from llama_index.core.vector_stores.types import (
-    ExactMatchFilter,
-    FilterCondition,
-    FilterOperator,
-    MetadataFilter,
-    MetadataFilters,
     VectorStoreQuery,
     VectorStoreQueryMode,
 )
+from points import ask, equal, point
 
 from autoregembed_indexes import DocumentIndex, DocumentIndexError, IndexMismatchError
 from llama_index.embeddings.autoregembed import AutoRegEmbedding
 from llama_index.vector_stores.autoregembed import AutoRegVectorStore
+from llama_index.vector_stores.autoregembed.nodes import REF_DOC_KEY
 
 LLM = MockLLM()
-
-
-def point(degrees, name=None, **fields):
-    angle = math.radians(degrees)
-    return TextNode(
-        id_=name or str(degrees),
-        text=f"at {degrees}",
-        embedding=[math.cos(angle), math.sin(angle)],
-        **fields,
-    )
-
-
-def equal(**pairs):
-    return MetadataFilters(filters=[MetadataFilter(key=key, value=value) for key, value in pairs.items()])
-
-
-def ask(store, degrees=0, k=10, **options):
-    angle = math.radians(degrees)
-    query = VectorStoreQuery(
-        query_embedding=[math.cos(angle), math.sin(angle)], similarity_top_k=k, **options
-    )
-    return store.query(query)
 
 
 @pytest.fixture(scope="module")
@@ -151,70 +135,6 @@ def test_the_same_id_replaces(store):
     assert len(store.client) == 3
 
 
-def test_filters_by_equality(store):
-    assert ask(store, filters=equal(a=1)).ids == ["0", "90"]
-    assert ask(store, k=1, filters=equal(a=1, b="x")).ids == ["90"]
-    assert ask(store, filters=equal(a=3)).ids == []
-    nested = MetadataFilters(filters=[equal(a=1), ExactMatchFilter(key="b", value="x")])
-    assert ask(store, filters=nested).ids == ["90"]
-    assert [node.node_id for node in store.get_nodes(filters=equal(a=2))] == ["10"]
-
-
-@pytest.mark.parametrize("condition", [FilterCondition.OR, FilterCondition.NOT])
-def test_a_condition_that_is_not_supported_is_named(store, condition):
-    filters = MetadataFilters(filters=[MetadataFilter(key="a", value=1)], condition=condition)
-    with pytest.raises(ValueError, match=f"'{condition.value}' is not supported"):
-        ask(store, filters=filters)
-
-
-@pytest.mark.parametrize("operator", [o for o in FilterOperator if o is not FilterOperator.EQ])
-def test_an_operator_that_is_not_supported_is_named(store, operator):
-    filters = MetadataFilters(filters=[MetadataFilter(key="a", value=1, operator=operator)])
-    with pytest.raises(ValueError, match=rf"'{operator.value}' \(on 'a'\) is not supported"):
-        ask(store, filters=filters)
-
-
-def test_two_values_for_one_key_are_an_error(store):
-    filters = MetadataFilters(filters=[MetadataFilter(key="a", value=1), MetadataFilter(key="a", value=2)])
-    with pytest.raises(ValueError, match="1 and 2"):
-        ask(store, filters=filters)
-
-
-@pytest.mark.parametrize("mode", [m for m in VectorStoreQueryMode if m is not VectorStoreQueryMode.DEFAULT])
-def test_a_mode_that_is_not_supported_is_named(store, mode):
-    with pytest.raises(ValueError, match=f"mode '{mode.value}' is not supported"):
-        ask(store, mode=mode)
-
-
-def test_a_query_without_an_embedding_is_an_error(store):
-    with pytest.raises(ValueError, match="no embedding"):
-        store.query(VectorStoreQuery(query_str="only text"))
-
-
-def test_a_search_can_be_restricted_to_nodes_and_documents():
-    store = AutoRegVectorStore()
-    nodes = [point(10 * i, name=f"n{i}", metadata={"even": 1 - i % 2}) for i in range(20)]
-    for i, node in enumerate(nodes):
-        node.relationships[NodeRelationship.SOURCE] = Document(id_=f"d{i % 4}").as_related_node_info()
-    store.add(nodes)
-    whole = ask(store, 37, k=20)
-    everything = dict(zip(whole.ids, whole.similarities, strict=True))
-
-    def check(expected, **options):
-        result = ask(store, 37, k=20, **options)
-        assert result.ids == [id_ for id_ in everything if id_ in expected]
-        assert result.similarities == pytest.approx([everything[id_] for id_ in result.ids], abs=1e-6)
-
-    check({"n3", "n19"}, node_ids=["n19", "n3", "gone"])
-    check({f"n{i}" for i in range(20) if i % 4 in (1, 2)}, doc_ids=["d1", "d2"])
-    check({"n5"}, node_ids=["n5", "n6"], doc_ids=["d1"])
-    check({"n6"}, node_ids=["n5", "n6"], filters=equal(even=1))
-    check(set(everything), node_ids=[], doc_ids=[])
-    assert len(ask(store, 37, k=3, doc_ids=["d1", "d2"]).ids) == 3
-    with pytest.raises(IndexMismatchError, match=r"3.*2"):
-        store.query(VectorStoreQuery(query_embedding=[1.0, 0.0, 0.0], node_ids=["n1"]))
-
-
 def test_deleting_by_node_filter_and_document(store):
     store.delete_nodes(["10", "gone"])
     assert ask(store).ids == ["0", "90"]
@@ -256,19 +176,124 @@ def test_another_encoder_is_refused_by_name_where_both_are_known(tmp_path, encod
         AutoRegVectorStore(tmp_path / "index", encoder="other")
 
 
-def test_persist_is_for_folders(tmp_path, store):
+def test_an_index_of_a_stored_folder_is_loaded_from_storage(tmp_path, embedding):
+    writer = AutoRegVectorStore(tmp_path / "index")
+    context = StorageContext.from_defaults(vector_store=writer)
+    index = VectorStoreIndex.from_documents([Document(text="x", id_="1")], context, embed_model=embedding)
+    index.storage_context.persist(tmp_path / "storage")
+    index.insert(Document(text="y", id_="2"))
+    writer.close()
+
+    reader = AutoRegVectorStore(tmp_path / "index", read_only=True)
+    context = StorageContext.from_defaults(persist_dir=str(tmp_path / "storage"), vector_store=reader)
+    found = (
+        load_index_from_storage(context, embed_model=embedding).as_retriever(similarity_top_k=5).retrieve("x")
+    )
+    assert {node.node.ref_doc_id for node in found} == {"1", "2"}
+    with pytest.raises(FileNotFoundError, match=r"AutoRegVectorStore\(path\)"):
+        AutoRegVectorStore.from_persist_dir(str(tmp_path / "storage"))
+
+
+def test_a_store_in_memory_goes_into_storage_and_comes_back(tmp_path, embedding):
+    storage = str(tmp_path / "storage")
+    memory = AutoRegVectorStore(encoder="e", factory="SQfp16", tokenizer="trigram", memory_budget=2**20)
+    context = StorageContext.from_defaults(vector_store=memory)
+    documents = [Document(text=f"text {i}", id_=str(i), metadata={"n": [i]}) for i in range(3)]
+    index = VectorStoreIndex.from_documents(documents, context, embed_model=embedding)
+    index.storage_context.persist(storage)
+
+    reader = AutoRegVectorStore.from_persist_dir(storage, read_only=True)
+    context = StorageContext.from_defaults(persist_dir=storage, vector_store=reader)
+    loaded = load_index_from_storage(context, embed_model=embedding)
+    for mode in ("default", "text_search", "hybrid", "mmr"):
+        here, there = (
+            i.as_retriever(vector_store_query_mode=mode, similarity_top_k=2).retrieve("text 1")
+            for i in (index, loaded)
+        )
+        assert there == here
+    assert [node.model_dump() for node in reader.get_nodes()] == [n.model_dump() for n in memory.get_nodes()]
+    ids = memory.client.ids()
+    np.testing.assert_array_equal(reader.client.vectors(ids), memory.client.vectors(ids))
+    kept = ("factory", "encoder", "tokenizer", "memory_budget", "metadata_indexes", "dimension")
+    assert [reader.client.info()[key] for key in kept] == [memory.client.info()[key] for key in kept]
+
+
+def test_persisting_again_replaces_what_was_there(tmp_path, store):
+    folder = str(tmp_path / "deep" / "index")
+    store.persist(folder)
+    store.delete_nodes(["0"])
+    store.add([point(180, name="10", metadata={"a": 9}), point(45)])
+    store.persist(folder, fs=fsspec.filesystem("file"))
+    with AutoRegVectorStore.from_persist_path(folder).client as copy:
+        assert sorted(copy.ids()) == ["10", "45", "90"]
+        assert copy.get(["10"])[0].metadata["a"] == 9
+        np.testing.assert_allclose(copy.vectors(["10"]), [[-1, 0]], atol=1e-3)
+    store.clear()
+    store.persist(folder)
+    assert AutoRegVectorStore.from_persist_path(folder, read_only=True).get_nodes() == []
+    empty = str(tmp_path / "empty")
+    AutoRegVectorStore().persist(empty)
+    assert AutoRegVectorStore.from_persist_path(empty, read_only=True).get_nodes() == []
+
+
+def test_persist_overwrites_nothing_else(tmp_path, store):
+    simple = tmp_path / "simple.json"
+    simple.write_text("{}")
+    with pytest.raises(FileExistsError, match=r"simple\.json is a file"):
+        store.persist(str(simple))
+    other = AutoRegVectorStore(tmp_path / "other")
+    other.add([TextNode(id_="x", embedding=[1.0, 0.0, 0.0])])
+    other.close()
+    with pytest.raises(IndexMismatchError, match=r"3.*2"):
+        store.persist(str(tmp_path / "other"))
+    assert AutoRegVectorStore(tmp_path / "other", read_only=True).client.ids() == ["x"]
+
+
+def test_only_a_local_file_system_can_hold_an_index(tmp_path, store):
+    remote = fsspec.filesystem("memory")
+    with pytest.raises(ValueError, match="MemoryFileSystem is not supported"):
+        store.persist("somewhere", fs=remote)
+    with pytest.raises(ValueError, match="MemoryFileSystem is not supported"):
+        AutoRegVectorStore.from_persist_dir("somewhere", fs=remote)
     folder = AutoRegVectorStore(tmp_path / "index")
-    StorageContext.from_defaults(vector_store=folder).persist(tmp_path / "storage")
+    folder.persist("somewhere", fs=remote)  # it stays where it is
     folder.close()
-    with pytest.raises(ValueError, match="make it with a path"):
-        store.persist("anywhere")
+
+
+def test_deleting_a_document_looks_its_nodes_up(tmp_path):
+    for path in (None, tmp_path / "index"):
+        store = AutoRegVectorStore(path)
+        assert store.client.metadata_indexes == [REF_DOC_KEY]
+        store.close()
+    DocumentIndex.create(tmp_path / "plain").close()
+    store = AutoRegVectorStore(tmp_path / "plain")
+    assert store.client.metadata_indexes == [REF_DOC_KEY]
+    store.close()
+
+
+def test_what_a_new_index_is_made_with(tmp_path):
+    options = {"factory": "IVF4,SQ8", "tokenizer": "trigram", "memory_budget": 12345}
+    store = AutoRegVectorStore(tmp_path / "index", **options)
+    assert {key: store.client.info()[key] for key in options} == options
+    given = json.loads(store.to_json())
+    assert {key: given[key] for key in options} == options
+    store.close()
+    again = AutoRegVectorStore.from_dict(given)
+    assert {key: again.client.info()[key] for key in options} == options
+    again.close()
+    with pytest.raises(ValueError, match="tokenizer 'klingon'"):
+        AutoRegVectorStore(tokenizer="klingon")
+    for path in (None, tmp_path / "index"):
+        with pytest.raises(ValueError, match="abacus"):
+            AutoRegVectorStore(path, device="abacus")
 
 
 def test_a_pickled_store_reads_the_same_folder(tmp_path, store):
-    folder = AutoRegVectorStore(tmp_path / "index")
+    folder = AutoRegVectorStore(tmp_path / "index", device="cpu")
     folder.add([point(0)])
     twin = pickle.loads(pickle.dumps(folder))  # noqa: S301
     assert ask(twin).ids == ["0"]
+    assert (twin.device, twin.read_only) == ("cpu", True)
     with pytest.raises(DocumentIndexError, match="read_only"):
         twin.clear()
     folder.close()
@@ -277,11 +302,13 @@ def test_a_pickled_store_reads_the_same_folder(tmp_path, store):
 
 
 async def test_async_does_the_same_and_leaves_the_loop_free(monkeypatch, slowly, ticks_while):
-    for name in ("add", "search", "delete", "get", "clear"):
+    for name in ("add", "search", "search_text", "delete", "get", "clear"):
         monkeypatch.setattr(DocumentIndex, name, slowly(getattr(DocumentIndex, name)))
     store = AutoRegVectorStore()
     assert await ticks_while(store.async_add([point(0), point(90)])) >= 5
     assert await ticks_while(store.aquery(VectorStoreQuery(query_embedding=[1.0, 0.0]))) >= 5
+    words = VectorStoreQuery(query_str="at", mode=VectorStoreQueryMode.TEXT_SEARCH)
+    assert await ticks_while(store.aquery(words)) >= 5
     assert await ticks_while(store.aget_nodes(["0"])) >= 5
     assert await ticks_while(store.adelete_nodes(["0"])) >= 5
     assert [node.node_id for node in await store.aget_nodes()] == ["90"]

@@ -8,7 +8,7 @@ from langchain_core.documents import Document
 from llama_index.core import Document as LlamaDocument
 from llama_index.core import StorageContext, VectorStoreIndex
 from llama_index.core.node_parser import SentenceSplitter
-from llama_index.core.vector_stores.types import MetadataFilter, MetadataFilters
+from llama_index.core.vector_stores.types import FilterCondition, MetadataFilter, MetadataFilters
 
 from langchain_autoregembed import AutoRegEmbeddings, AutoRegVectorStore, vectorstores
 from llama_index.embeddings.autoregembed import AutoRegEmbedding
@@ -98,6 +98,36 @@ def test_both_rank_and_score_alike(by_langchain, langchain, llama):
     found = index.as_retriever(similarity_top_k=3).retrieve("What is green?")
     assert [d.id for d, _ in documents] == [n.node_id for n in found]
     np.testing.assert_allclose([score for _, score in documents], [n.score for n in found], atol=1e-6)
+
+
+def test_both_search_words_and_fuse_alike(by_llama_index, langchain, llama):
+    documents = AutoRegVectorStore(langchain, by_llama_index, read_only=True)
+    index = VectorStoreIndex.from_vector_store(LlamaStore(by_llama_index, read_only=True), embed_model=llama)
+
+    def nodes_found(**options):
+        found = index.as_retriever(similarity_top_k=3, **options).retrieve("Are bees green?")
+        return [(n.get_content(), pytest.approx(n.score)) for n in found]
+
+    def documents_found(scored):
+        return [(document.page_content, score) for document, score in scored]
+
+    worded = documents_found(documents.text_search_with_score("Are bees green?", k=3))
+    assert worded[0][0] == TEXTS["b"]
+    assert worded == nodes_found(vector_store_query_mode="text_search")
+    fused = documents.hybrid_search_with_score("Are bees green?", k=3, weights=(0.3, 0.7))
+    assert documents_found(fused) == nodes_found(vector_store_query_mode="hybrid", alpha=0.3)
+
+
+def test_both_filter_alike(by_llama_index, langchain):
+    filters = MetadataFilters(
+        filters=[MetadataFilter(key="legs", operator=">", value=5), MetadataFilter(key="legs", value=0)],
+        condition=FilterCondition.OR,
+    )
+    found = LlamaStore(by_llama_index, read_only=True).get_nodes(filters=filters)
+    documents = AutoRegVectorStore(langchain, by_llama_index, read_only=True).similarity_search(
+        "x", k=9, filter={"$or": [{"legs": {"$gt": 5}}, {"legs": 0}]}
+    )
+    assert {n.get_content() for n in found} == {d.page_content for d in documents} == {TEXTS["w"], TEXTS["b"]}
 
 
 def test_both_frameworks_vectors_of_a_text_are_the_same(by_llama_index, langchain):

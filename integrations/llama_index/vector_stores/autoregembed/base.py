@@ -5,42 +5,58 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from os import PathLike, fspath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from fsspec.implementations.local import LocalFileSystem  # type: ignore[import-untyped]
 from llama_index.core.bridge.pydantic import Field, PrivateAttr
 from llama_index.core.schema import BaseNode
+from llama_index.core.vector_stores.simple import DEFAULT_VECTOR_STORE, NAMESPACE_SEP
 from llama_index.core.vector_stores.types import (
+    DEFAULT_PERSIST_DIR,
+    DEFAULT_PERSIST_FNAME,
     BasePydanticVectorStore,
     MetadataFilters,
     VectorStoreQuery,
-    VectorStoreQueryMode,
     VectorStoreQueryResult,
 )
 
 from autoregembed_indexes import DocumentIndex
-from llama_index.vector_stores.autoregembed.nodes import REF_DOC_KEY, equalities, node_to_row, row_to_node
+from llama_index.vector_stores.autoregembed.filters import compile_filters
+from llama_index.vector_stores.autoregembed.nodes import REF_DOC_KEY, node_to_row, row_to_node
+from llama_index.vector_stores.autoregembed.queries import search
 
 if TYPE_CHECKING:
     from autoregembed_rag import AutoRegEncoder
 
+# Where StorageContext puts the vector store of a storage folder.
+DEFAULT_PERSIST_PATH = f"{DEFAULT_PERSIST_DIR}/{DEFAULT_VECTOR_STORE}{NAMESPACE_SEP}{DEFAULT_PERSIST_FNAME}"
+
 
 class AutoRegVectorStore(BasePydanticVectorStore):
-    """Nodes and their vectors in a folder, or in memory; exact search by cosine.
+    """Nodes and their vectors in a folder, or in memory, searched by vector, by words, or by both.
 
-    When a call that adds or deletes returns, the change is on disk, so `persist` has nothing to do. The same
-    folder serves LangChain (`langchain_autoregembed`). One store at a time may write to a folder, any number
-    may read it with `read_only=True`. Queries are of mode "default", filters are `==` joined by `and`. The
-    async methods run in a thread. Pickling keeps the path, and the copy opens read-only.
+    Query modes are "default", "text_search", "hybrid" and "mmr"; filters are all that MetadataFilters can say,
+    and apply before nodes are ranked. No docstore is needed: nodes come back whole, relationships included.
+
+    When a call that adds or deletes returns, the change is on disk, so that a store with a path needs no
+    `persist`; one in memory writes itself to a folder then. The same folder serves LangChain
+    (`langchain_autoregembed`). One store at a time may write to a folder, any number may read it with
+    `read_only=True`. The async methods run in a thread. Pickling keeps the path, and the copy opens read-only.
 
         store = AutoRegVectorStore("index")
         index = VectorStoreIndex.from_vector_store(store, embed_model=AutoRegEmbedding())
+        retriever = index.as_retriever(vector_store_query_mode="hybrid", similarity_top_k=5, alpha=0.7)
     """
 
     stores_text: bool = True
     path: str | None = Field(default=None, frozen=True, description="A folder; None: in memory.")
     encoder: str | None = Field(default=None, frozen=True, description="Fingerprint of the vectors' encoder.")
     factory: str = Field(default="auto", frozen=True, description="How a new index searches.")
+    tokenizer: str | None = Field(default=None, frozen=True, description="How a new index splits words.")
+    memory_budget: int | None = Field(default=None, frozen=True, description="Bytes for new vectors.")
+    device: str = Field(default="auto", frozen=True, description="Where to search.")
     read_only: bool = Field(default=False, frozen=True, description="Search only.")
 
     _index: DocumentIndex = PrivateAttr()
@@ -51,6 +67,9 @@ class AutoRegVectorStore(BasePydanticVectorStore):
         *,
         encoder: str | AutoRegEncoder | None = None,
         factory: str = "auto",
+        tokenizer: str | None = None,
+        memory_budget: int | None = None,
+        device: str = "auto",
         read_only: bool = False,
         **fields: Any,
     ) -> None:
@@ -60,7 +79,10 @@ class AutoRegVectorStore(BasePydanticVectorStore):
             path: a folder; None keeps everything in memory.
             encoder: the encoder of the vectors, or its fingerprint. A vector store never sees the model, so
                 without it only the dimension, taken from the first `add`, is checked.
-            factory: how a new index searches, see `DocumentIndex.create`.
+            factory: how a new index searches, see `DocumentIndex.create`; an index that is there stays as it is.
+            tokenizer: how a new index splits texts into words, see there; None for its default.
+            memory_budget: bytes that a new index of factory "auto" may use for vectors; None for the default.
+            device: where this store searches: "cpu", "cuda", "cuda:0" or "auto", see there.
             read_only: search only; the index must exist.
             **fields: the base class's own, as when LlamaIndex loads a store from a dict.
 
@@ -72,12 +94,45 @@ class AutoRegVectorStore(BasePydanticVectorStore):
         """
         fingerprint, tokens = _identity(encoder)
         folder = None if path is None else fspath(path)
-        fields |= {"path": folder, "encoder": fingerprint, "factory": factory, "read_only": read_only}
+        made_with = {"factory": factory, "tokenizer": tokenizer, "memory_budget": memory_budget}
+        here: dict[str, Any] = {"encoder": fingerprint, "device": device}
+        fields |= {"path": folder, "read_only": read_only, **here, **made_with}
         super().__init__(**fields)
         if folder is not None and (read_only or DocumentIndex.exists(folder)):
-            self._index = DocumentIndex.open(folder, encoder=fingerprint, read_only=read_only)
+            self._index = DocumentIndex.open(folder, **here, read_only=read_only)
         else:
-            self._index = DocumentIndex.create(folder, factory=factory, encoder=fingerprint, tokens=tokens)
+            options: dict[str, Any] = {name: value for name, value in made_with.items() if value is not None}
+            self._index = DocumentIndex.create(folder, **here, tokens=tokens, **options)
+        if not read_only:
+            # Deleting a document looks for its nodes by this key; an index that has it stays as it is.
+            self._index.create_metadata_index(REF_DOC_KEY)
+
+    @classmethod
+    def from_persist_path(cls, persist_path: str, fs: Any = None, **options: Any) -> AutoRegVectorStore:
+        """Open the folder that `persist` wrote; from then on changes are on disk at once.
+
+        `options` are the constructor's, such as `read_only`. Raises FileNotFoundError when there is no index, and
+        ValueError for an `fs` that is not local.
+        """
+        _refuse_remote(fs)
+        if not DocumentIndex.exists(persist_path):
+            raise FileNotFoundError(
+                f"no vector store was persisted to {persist_path}; one with a path stays there: "
+                "open it with AutoRegVectorStore(path)"
+            )
+        return cls(persist_path, **options)
+
+    @classmethod
+    def from_persist_dir(
+        cls,
+        persist_dir: str = DEFAULT_PERSIST_DIR,
+        namespace: str = DEFAULT_VECTOR_STORE,
+        fs: Any = None,
+        **options: Any,
+    ) -> AutoRegVectorStore:
+        """Open the store that `StorageContext.persist(persist_dir)` wrote from memory; see `from_persist_path`."""
+        name = f"{namespace}{NAMESPACE_SEP}{DEFAULT_PERSIST_FNAME}"
+        return cls.from_persist_path(str(Path(persist_dir) / name), fs, **options)
 
     @classmethod
     def class_name(cls) -> str:
@@ -87,7 +142,7 @@ class AutoRegVectorStore(BasePydanticVectorStore):
     def __reduce__(self) -> tuple[Any, ...]:
         if self.path is None:
             raise TypeError("a vector store in memory cannot be pickled; make it with a path")
-        return _reopen, (self.path, self.encoder)
+        return _reopen, (self.path, self.encoder, self.device)
 
     @property
     def client(self) -> DocumentIndex:
@@ -131,9 +186,10 @@ class AutoRegVectorStore(BasePydanticVectorStore):
     ) -> None:
         """Delete the nodes with these ids, those that match `filters`, or those that do both."""
         _refuse_unknown(delete_kwargs)
-        if node_ids is None and filters is None:
+        where = compile_filters(filters)
+        if node_ids is None and not where:
             raise ValueError("delete_nodes needs node_ids or filters; clear() deletes everything")
-        self._index.delete(self._ids(node_ids, equalities(filters)))
+        self._index.delete(self._ids(node_ids, where))
 
     def clear(self) -> None:
         """Delete every node."""
@@ -143,38 +199,54 @@ class AutoRegVectorStore(BasePydanticVectorStore):
         self, node_ids: list[str] | None = None, filters: MetadataFilters | None = None
     ) -> list[BaseNode]:
         """The nodes with these ids, those that match `filters`, those that do both, or all; no embeddings."""
-        found = self._index.get(self._ids(node_ids, equalities(filters)))
+        found = self._index.get(self._ids(node_ids, compile_filters(filters)))
         return [row_to_node(row.id, row.text, row.metadata) for row in found]
 
     def query(self, query: VectorStoreQuery, **kwargs: Any) -> VectorStoreQueryResult:
-        """The `similarity_top_k` most similar nodes, with cosines in [-1, 1], best first.
+        """The nodes that fit a query best, best first, with their scores.
 
-        `node_ids` and `doc_ids` (ids of source documents) restrict the search where they are not empty.
+        Modes:
+            default: the `similarity_top_k` nodes of highest cosine to `query_embedding`, in [-1, 1].
+            text_search: the `sparse_top_k` (where None, `similarity_top_k`) nodes whose texts match the words of
+                `query_str` best, by BM25; nodes with none of them are left out.
+            hybrid: the `hybrid_top_k` (where None, `similarity_top_k`) best of both rankings, fused by reciprocal
+                rank; `alpha` in [0, 1] is the weight of the vectors, 1 - `alpha` that of the words, 0.5 by default.
+                `similarity_top_k` and `sparse_top_k` say how deep the rankings are where either is more than
+                that. Scores only order the nodes of one result.
+            mmr: `similarity_top_k` nodes near the query and unlike all that come before, with their cosines.
+                `mmr_threshold` in [0, 1], of the query or an option, is the weight of nearness, 0.5 by default.
+                They are chosen from the nearest `mmr_prefetch_k`, or `mmr_prefetch_factor` times as many as
+                wanted: an option each, together an error, by default 4 times as many and at least 20.
+
+        `node_ids` and `doc_ids` (ids of source documents) restrict the search where they are not empty, and
+        `filters` always; all apply before nodes are ranked, so that fewer come back only when fewer match.
+        `output_fields` is ignored: nodes are whole. How filters compare is said in this package's `filters`.
 
         Raises:
-            ValueError: another mode than "default", a filter that is not `==` joined by `and`, no embedding.
+            ValueError: another mode, no `query_embedding` or `query_str` where the mode needs it, an
+                `embedding_field`, an `alpha` or `mmr_threshold` out of range, k < 1.
+            TypeError: an unknown option, a filter whose value does not suit its operator.
             IndexMismatchError: the embedding has another dimension than the index.
         """
-        _refuse_unknown(kwargs)
-        if query.mode != VectorStoreQueryMode.DEFAULT:
-            raise ValueError(f"query mode {query.mode.value!r} is not supported: use 'default'")
-        if query.query_embedding is None:
-            raise ValueError("the query has no embedding: AutoRegVectorStore searches by vector")
-        where = equalities(query.filters)
-        vector = np.asarray(query.query_embedding, dtype=np.float32)
-        hits = self._index.search(
-            vector[None], k=query.similarity_top_k, filter=where, ids=self._allowed(query)
-        )[0]
+        hits = search(self._index, query, kwargs)
         return VectorStoreQueryResult(
             nodes=[row_to_node(hit.id, hit.text, hit.metadata) for hit in hits],
             similarities=[hit.score for hit in hits],
             ids=[hit.id for hit in hits],
         )
 
-    def persist(self, persist_path: str, fs: Any = None) -> None:  # noqa: ARG002
-        """Nothing to do for a folder, which is always up to date; ValueError for a store in memory."""
+    def persist(self, persist_path: str = DEFAULT_PERSIST_PATH, fs: Any = None) -> None:
+        """Write a store in memory to the folder `persist_path`, replacing what an earlier call wrote there.
+
+        `from_persist_path` opens it. A store with a path is on disk already, and stays at its path. What is
+        written is what was stored, but for the last digit of a vector's entries at very few dimensions.
+
+        Raises ValueError for an `fs` that is not local, FileExistsError when there is something else at
+        `persist_path`, IndexMismatchError when there is an index of another encoder or dimension.
+        """
         if self.path is None:
-            raise ValueError("a vector store in memory cannot be persisted: make it with a path")
+            _refuse_remote(fs)
+            _write(self._index, persist_path)
 
     def _ids(self, node_ids: list[str] | None, where: dict[str, Any]) -> list[str]:
         if node_ids is None:
@@ -183,13 +255,6 @@ class AutoRegVectorStore(BasePydanticVectorStore):
             return node_ids
         matching = set(self._index.ids(where))
         return [id_ for id_ in node_ids if id_ in matching]
-
-    def _allowed(self, query: VectorStoreQuery) -> list[str] | None:
-        """The ids that `node_ids` and `doc_ids` leave; None where neither restricts."""
-        if not query.doc_ids:
-            return query.node_ids or None
-        ids = [id_ for doc_id in query.doc_ids for id_ in self._index.ids({REF_DOC_KEY: doc_id})]
-        return [id_ for id_ in ids if not query.node_ids or id_ in query.node_ids]
 
     async def async_add(self, nodes: Sequence[BaseNode], **kwargs: Any) -> list[str]:
         """`add` in a thread."""
@@ -230,10 +295,38 @@ def _identity(encoder: str | AutoRegEncoder | None) -> tuple[str | None, int | N
     return encoder.fingerprint, encoder.num_tokens if encoder.config.pooling == "flatten" else None
 
 
-def _reopen(path: str, encoder: str | None) -> AutoRegVectorStore:
-    return AutoRegVectorStore(path, encoder=encoder, read_only=True)
+def _reopen(path: str, encoder: str | None, device: str) -> AutoRegVectorStore:
+    return AutoRegVectorStore(path, encoder=encoder, device=device, read_only=True)
 
 
 def _refuse_unknown(options: dict[str, Any]) -> None:
     if options:
         raise TypeError(f"unknown options {sorted(options)}: AutoRegVectorStore would have to ignore them")
+
+
+def _refuse_remote(fs: Any) -> None:
+    if fs is not None and not isinstance(fs, LocalFileSystem):
+        raise ValueError(f"an index is a folder on a local disk; {type(fs).__name__} is not supported")
+
+
+def _write(index: DocumentIndex, folder: str) -> None:
+    """Make the index in `folder`, a new one where there is none, hold what `index` holds.
+
+    All is added before what is too many is deleted, so that no failure loses a node.
+    """
+    info = index.info()
+    settings = {name: info[name] for name in ("dimension", "encoder")}
+    if DocumentIndex.exists(folder):
+        copy = DocumentIndex.open(folder, **settings)
+    else:
+        settings |= {name: info[name] for name in ("factory", "tokens", "tokenizer", "memory_budget")}
+        copy = DocumentIndex.create(folder, **settings)
+    with copy:
+        for key in info["metadata_indexes"]:
+            copy.create_metadata_index(key)
+        found = index.get(index.ids())
+        ids = [document.id for document in found]
+        if ids:
+            texts = [document.text for document in found]
+            copy.add(index.vectors(ids), texts, ids, [document.metadata for document in found])
+        copy.delete(list(set(copy.ids()).difference(ids)))

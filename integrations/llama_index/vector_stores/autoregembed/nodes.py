@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from llama_index.core.schema import BaseNode, MetadataMode, TextNode
-from llama_index.core.vector_stores.types import FilterCondition, FilterOperator, MetadataFilters
 from llama_index.core.vector_stores.utils import metadata_dict_to_node
 
 # Keys with this prefix are the store's in every framework (see langchain_autoregembed.vectorstores).
@@ -57,31 +56,3 @@ def row_to_node(id_: str, text: str, row: Mapping[str, Any]) -> BaseNode:
     else:
         fields["text"] = text
     return metadata_dict_to_node({"_node_type": stored["type"], "_node_content": json.dumps(fields)})
-
-
-def equalities(filters: MetadataFilters | None) -> dict[str, Any]:
-    """`key == value` filters joined by `and`, nested or not, as a dict.
-
-    Raises:
-        ValueError: naming an operator or condition other than these, or a key compared to two values.
-    """
-    wanted: dict[str, Any] = {}
-    if filters is None:
-        return wanted
-    if filters.condition not in (None, FilterCondition.AND):
-        raise ValueError(
-            f"filter condition {filters.condition.value!r} is not supported: join filters by 'and'"
-        )
-    for item in filters.filters:
-        if isinstance(item, MetadataFilters):
-            pairs = equalities(item)
-        elif item.operator is FilterOperator.EQ:
-            pairs = {item.key: item.value}
-        else:
-            raise ValueError(
-                f"filter operator {item.operator.value!r} (on {item.key!r}) is not supported: use '=='"
-            )
-        for key, value in pairs.items():
-            if wanted.setdefault(key, value) != value:
-                raise ValueError(f"filter on {key!r} asks for {wanted[key]!r} and {value!r}: nothing is both")
-    return wanted
