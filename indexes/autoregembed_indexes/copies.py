@@ -125,7 +125,7 @@ class VectorCopy:
         if k == 0 or len(queries) == 0:
             return np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64)
         self._segments[0].upload(self._gpus)
-        if self.on_gpu and among is None and k > MOST_FOUND:
+        if self.on_gpu and self._gpus.device != "auto" and among is None and k > MOST_FOUND:
             raise ValueError(
                 f"FAISS on a GPU finds at most {MOST_FOUND} vectors, not {k}: ask for fewer, or open the index "
                 "with device='cpu'"
@@ -142,28 +142,35 @@ class VectorCopy:
         """Rank more candidates than asked for by their exact cosines, and ask for more until they are enough.
 
         Where rounding is the only error, they are enough once no other vector can belong to the best k (or, among
-        a great many equal ones, could change much). With lists, a filter leaves fewer vectors in each, so more
-        lists are visited for the same work and recall.
+        a great many equal ones, could change much). A GPU, which rounds more, leaves those crowds to the CPU. With
+        lists, a filter leaves fewer vectors in each, so more lists are visited for the same work and recall.
         """
         fetch = self.kind.candidates(k)
         probes = math.ceil(self.kind.probes * len(self) / available)
         most = max(4 * k, MOST_CANDIDATES)
-        margin = GPU_MARGIN if self.on_gpu else self.kind.margin
-        while True:
+        gpu = self.on_gpu
+        scores = np.empty((len(queries), k), np.float32)
+        rows = np.empty((len(queries), k), np.int64)
+        lines = np.arange(len(queries))  # those that are not finished
+        while len(lines):
             fetch = min(fetch, available)
-            rough, candidates = self._candidates(queries, fetch, among, probes)
-            scores, rows = self._ranked(store, queries, rough, candidates, k)
+            rough, candidates = self._candidates(queries[lines], fetch, among, probes, gpu=gpu)
+            ranked = self._ranked(store, queries[lines], rough, candidates, k)
+            scores[lines], rows[lines] = ranked
             if self.kind.lists:
-                enough = probes >= self.kind.lists or bool((candidates >= 0).all())
+                enough = (candidates >= 0).all(axis=1) | (probes >= self.kind.lists)
             else:
-                certain = (scores[:, -1] > rough[:, -1] + margin).all()
-                enough = bool(certain) or fetch >= min(available, most)
-            if enough:
-                return scores, rows
+                enough = ranked[0][:, -1] > rough[:, -1] + (GPU_MARGIN if gpu else self.kind.margin)
+                enough |= fetch == available or (fetch >= most and not gpu)
+            lines = lines[~enough]
+            gpu = gpu and fetch < most
             fetch, probes = 4 * fetch, 4 * probes
+        return scores, rows
 
-    def _candidates(self, queries: Float32, k: int, among: Rows | None, probes: int) -> tuple[Float32, Rows]:
-        found = [segment.search(queries, k, among, probes) for segment in self._segments]
+    def _candidates(
+        self, queries: Float32, k: int, among: Rows | None, probes: int, *, gpu: bool
+    ) -> tuple[Float32, Rows]:
+        found = [segment.search(queries, k, among, probes, gpu=gpu) for segment in self._segments]
         if len(found) == 1:
             return found[0]
         scores, rows = zip(*found, strict=True)

@@ -3,9 +3,9 @@
 SQLite's own JSON values are not exact: text ends at a NUL, integers above 63 bits become floats, true equals 1,
 and a float may be off in its last digit. So a filter compares the JSON *text* of a value, which `records.to_json`
 writes in one form only: `json_extract` with two paths returns it, in a list of two. Equality compares that text in
-SQL. What else there is to judge, Python judges by that text, without reading the rest of the metadata.
+SQL; what else there is to judge, Python judges by it, without reading the rest of the metadata.
 
-SQLite's values serve to find candidates, by an index where a key has one: wide enough to hold every match, with
+SQLite's own values are used within bounds that hold in every release, and an index only to find candidates, with
 the exact condition beside them. So an index never changes a result.
 """
 
@@ -37,8 +37,6 @@ _COMPARISONS = {"$gt": operator.gt, "$gte": operator.ge, "$lt": operator.lt, "$l
 # The JSON types that have an order, with the ends of their places in SQLite's: numbers, then texts, then blobs.
 _NUMBERS = ("'integer', 'real'", -math.inf, math.inf)
 _TEXTS = ("'text'", "", b"")
-_IN_LIST = "IN (SELECT value FROM json_each(?))"
-
 Scalar = str | int | float | bool | None
 
 
@@ -194,7 +192,7 @@ def _is_one_of(leaf: _Leaf, values: list[Scalar]) -> _Condition:
     exact = _text_in(leaf.key, {form for value in values for form in _json_forms(value)})
     if None in values:  # a missing key reads as null, in an index too
         first = _exists(leaf.key)
-    elif values and leaf.indexed:  # NULL where the key is missing, but there `exact` is 0
+    elif leaf.indexed:  # NULL where the key is missing, but there `exact` is 0
         first = _equality_candidates(leaf.indexed, values)
     else:
         return exact
@@ -241,10 +239,8 @@ _LEAVES: dict[str, Callable[[_Leaf], _Condition]] = {
     "$exists": lambda leaf: _as_wanted(leaf, _exists(leaf.key)),
     "$empty": lambda leaf: _as_wanted(leaf, _text_in(leaf.key, {"null", '""', "[]"})),
     "$contains": lambda leaf: _matches(leaf, _scalar(leaf, leaf.operand)),
-    "$any": lambda leaf: _matches(leaf, _scalars(leaf)),
-    "$all": lambda leaf: _matches(leaf, _scalars(leaf)),
-    "$text_match": _holds_text,
-    "$text_match_insensitive": _holds_text,
+    **dict.fromkeys(("$any", "$all"), lambda leaf: _matches(leaf, _scalars(leaf))),
+    **dict.fromkeys(("$text_match", "$text_match_insensitive"), _holds_text),
 }
 _OPERATOR_NAMES = ", ".join([*_LEAVES, "$not"])
 
@@ -312,31 +308,26 @@ def _text_in(key: str, forms: Collection[str]) -> _Condition:
     texts = [f"[{form},null]" for form in sorted(forms)]
     if len(texts) <= 3:  # as 0, 0.0 and -0.0 are one value
         return _Condition(f"{sql} IN ({', '.join('?' * len(texts))})", path + texts)
-    return _Condition(f"{sql} {_IN_LIST}", [*path, to_json(texts)])
+    return _Condition(f"{sql} IN (SELECT value FROM json_each(?))", [*path, to_json(texts)])  # noqa: S608
 
 
 def _equality_candidates(indexed: str, values: list[Any]) -> _Condition:
-    """The documents whose value SQLite may read as one of `values`, which has no None."""
-    same: list[str | int] = []  # what every SQLite release reads as the same value
-    numbers: list[int | float] = []
-    texts: list[str] = []
-    for value in values:
-        if isinstance(value, str):
-            (texts if "\0" in value else same).append(value)
-        elif value == int(value) and -(2**63) <= value < 2**63:
-            same.append(int(value))
-        else:
-            numbers.append(value)
-    parts, parameters = [], []
-    if same:
-        parts.append(f"{indexed} {_IN_LIST}")
-        parameters.append(to_json(same))
-    for others in (numbers, texts):
-        if others:
-            lows, highs = zip(*map(_bounds, others), strict=True)
-            parts.append(f"{indexed} BETWEEN ? AND ?")
-            parameters += [min(lows), max(highs)]
-    return _Condition(f"({' OR '.join(parts)})", parameters)
+    """The documents whose value SQLite may read as one of `values`, which has no None.
+
+    One term, as SQLite does not look into an OR inside another. A range holds more than it must, but only values
+    that not every SQLite release reads alike need one.
+    """
+    if all(_is_read_alike(value) for value in values):
+        listed = [value if isinstance(value, str) else int(value) for value in values]
+        return _Condition(f"{indexed} IN (SELECT value FROM json_each(?))", [to_json(listed)])  # noqa: S608
+    ends = [(isinstance(value, str), end) for value in values for end in _bounds(value)]
+    return _Condition(f"{indexed} BETWEEN ? AND ?", [min(ends)[1], max(ends)[1]])
+
+
+def _is_read_alike(value: str | int | float) -> bool:
+    if isinstance(value, str):
+        return "\0" not in value
+    return value == int(value) and -(2**63) <= value < 2**63
 
 
 def _bounds(value: str | int | float) -> tuple[Any, Any]:

@@ -53,7 +53,7 @@ class Gpus:
             copy, resources = _clone(self._faiss, self._numbers, index, kind)
         except (RuntimeError, MemoryError) as error:
             level = logging.INFO if self.device == "auto" else logging.WARNING
-            logger.log(level, "%s vectors (%s) stay on the CPU: %s", index.ntotal, kind, error)
+            logger.log(level, "%s vectors (%s) stay on the CPU: %s", index.ntotal, kind, str(error))
             return None
         logger.info("%s vectors (%s) are searched on %s", index.ntotal, kind, self.device)
         return GpuIndex(self._faiss, kind, copy, resources, selective=selective)
@@ -96,7 +96,7 @@ class GpuIndex:
         try:
             scores, positions = self._copy.search(queries, fetch, params=parameters)
         except (RuntimeError, MemoryError) as error:
-            logger.warning("searching on the CPU from now on, since the GPU failed: %s", error)
+            logger.warning("searching on the CPU from now on, since the GPU failed: %s", str(error))
             self._copy, self._resources = None, []
             return None
         if chosen is not None:

@@ -74,8 +74,10 @@ class DocumentIndex(SearchableIndex):
         """
         state = new_state(factory, dimension, tokens, encoder, tokenizer, memory_budget)
         gpus = Gpus(import_faiss(), device)
+        in_memory = create_store(None, state)  # refuses a tokenizer before there is a folder
         if path is None:
-            return cls(create_store(None, state), None, None, gpus, read_only=False)
+            return cls(in_memory, None, None, gpus, read_only=False)
+        in_memory.close()
         folder = Path(path).absolute()
         if folder.exists() and not folder.is_dir():
             raise FileExistsError(f"{folder} is a file; an index is a folder")

@@ -166,18 +166,17 @@ class SearchableIndex:
     ) -> list[list[Hit]]:
         """Fuse `search` and `search_text` by reciprocal rank: sum of weight / (60 + rank) over both rankings.
 
-        `vectors` [n, dimension] and `queries` (n texts) belong together; `weights` are those of the vectors and
-        of the words; each ranking is `fetch_k` deep, at least k and by default max(50, 4 k). Scores are the sums,
-        comparable within one result only.
+        `vectors` [n, dimension] and `queries` (n texts) belong together; `weights` are those of the vectors and of
+        the words, and 0 leaves that search out; each ranking is `fetch_k` deep, at least k and by default
+        max(50, 4 k). Scores are the sums, comparable within one result only.
         """
         matrix = as_matrix(vectors, "query vectors")
         texts = _text_list(queries)
         if len(matrix) != len(texts):
             raise ValueError(f"{len(matrix)} query vectors but {len(texts)} query texts")
-        if len(weights) != 2 or not all(np.isfinite(weights)) or min(weights) < 0:
-            raise ValueError(f"weights must be two numbers of at least 0 (vectors, words), got {weights!r}")
+        _check_weights(weights)
         k = _check_k(k)
-        depth = max(k, max(50, 4 * k) if fetch_k is None else fetch_k)
+        depth = max(k, max(50, 4 * k) if fetch_k is None else _check_k(fetch_k, "fetch_k"))
         with self._session() as state:
             among = self._among(filter, ids)
             _, near = self._nearest(state, matrix, depth, among)
@@ -206,7 +205,7 @@ class SearchableIndex:
             raise ValueError(f"lambda_mult must be between 0 and 1, got {lambda_mult}")
         matrix = as_matrix(vectors, "query vectors")
         k = _check_k(k)
-        depth = max(k, max(20, 4 * k) if fetch_k is None else fetch_k)
+        depth = max(k, max(20, 4 * k) if fetch_k is None else _check_k(fetch_k, "fetch_k"))
         with self._session() as state:
             scores, rows = self._nearest(state, matrix, depth, self._among(filter, ids))
             chosen = []
@@ -396,8 +395,20 @@ def _text_list(queries: Sequence[str]) -> list[str]:
     return texts
 
 
-def _check_k(k: int) -> int:
+def _check_weights(weights: Sequence[float]) -> None:
+    try:
+        vectors, words = (float(weight) for weight in weights)
+        sound = 0 <= vectors < np.inf and 0 <= words < np.inf and vectors + words > 0
+    except (TypeError, ValueError):
+        sound = False
+    if not sound:
+        raise ValueError(
+            f"weights must be two numbers of at least 0 (vectors, words), not both 0, got {weights!r}"
+        )
+
+
+def _check_k(k: int, name: str = "k") -> int:
     k = operator.index(k)
     if k < 1:
-        raise ValueError(f"k must be at least 1, got {k}")
+        raise ValueError(f"{name} must be at least 1, got {k}")
     return min(k, MOST_HITS)

@@ -96,11 +96,13 @@ class Segment:
         if not kept.all():
             self._alive = self._living() & kept
 
-    def search(self, queries: Float32, k: int, among: Rows | None, probes: int) -> tuple[Float32, Rows]:
+    def search(
+        self, queries: Float32, k: int, among: Rows | None, probes: int, *, gpu: bool = True
+    ) -> tuple[Float32, Rows]:
         """Find the k nearest of `queries` [n, width]: scores and rows, both [n, k], best first.
 
-        `among`, ascending, limits the search to some rows. Where fewer are found, rows are -1 and scores
-        -infinity. Equal scores come in the order of their rows.
+        `among`, ascending, limits the search to some rows, `gpu` False to the CPU. Where fewer are found, rows are
+        -1 and scores -infinity. Equal scores come in the order of their rows.
         """
         chosen = self._alive
         if among is not None:
@@ -109,7 +111,7 @@ class Segment:
         scores = np.full((len(queries), k), -np.inf, dtype=np.float32)
         rows = np.full((len(queries), k), -1, dtype=np.int64)
         if fetch := min(k, available):
-            found, positions = self._find(queries, fetch, chosen, probes)
+            found, positions = self._find(queries, fetch, chosen, probes, gpu=gpu)
             there = positions >= 0
             found = self._exactly(queries, positions) if self.exact else found
             scores[:, :fetch] = np.where(there, found, -np.inf)
@@ -117,9 +119,9 @@ class Segment:
         return best(scores, rows, k)
 
     def _find(
-        self, queries: Float32, k: int, chosen: NDArray[np.bool_] | None, probes: int
+        self, queries: Float32, k: int, chosen: NDArray[np.bool_] | None, probes: int, *, gpu: bool
     ) -> tuple[Float32, Rows]:
-        found = self._gpu.search(queries, k, chosen, probes) if self._gpu else None
+        found = self._gpu.search(queries, k, chosen, probes) if gpu and self._gpu else None
         if found is None:
             found = self.index.search(queries, k, params=self._parameters(chosen, probes))
         return found

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from autoregembed_indexes.errors import IndexMismatchError
 from autoregembed_indexes.kinds import check_factory
+from autoregembed_indexes.lexical import check_tokenizer
 
 
 class State(NamedTuple):
@@ -33,8 +34,7 @@ def new_state(
     """Check the settings of an index to be made, and give it a name that no other index has."""
     if encoder is not None and not isinstance(encoder, str):
         raise TypeError(f"encoder must be a fingerprint (str) or None, got {type(encoder).__name__}")
-    if not isinstance(tokenizer, str):
-        raise TypeError(f"tokenizer must be a str, got {type(tokenizer).__name__}")
+    check_tokenizer(tokenizer)
     state = State(
         uuid.uuid4().hex,
         check_factory(factory),
