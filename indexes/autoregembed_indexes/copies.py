@@ -45,10 +45,11 @@ class VectorCopy:
     """
 
     def __init__(
-        self, dimension: int, width: int, folder: Path | None, gpus: Gpus, *, read_only: bool
+        self, state: State, dimension: int, width: int, folder: Path | None, gpus: Gpus, *, read_only: bool
     ) -> None:
         self._faiss = import_faiss()
         self._gpus = gpus
+        self._name, self._factory, self._budget = state.name, state.factory, state.memory_budget
         self._dimension = dimension
         self._width = width
         self._path = None if folder is None else folder / f"vectors-{width}.faiss"
@@ -57,11 +58,12 @@ class VectorCopy:
 
     def _reset(self) -> None:
         self.version = 0
-        self.kind = Kind("Flat")
+        self.kind = self._plan(0)
         self.snapshot: Snapshot | None = None
         self._unchecked = False
         self._template: FaissIndex | None = None
         self._folded = 0
+        self._unsaved = False
         self._segments: list[Segment] = []
 
     def __len__(self) -> int:
@@ -82,7 +84,7 @@ class VectorCopy:
         if state.version == self.version:
             return
         changed = store.rows_since(self.version)
-        if (self.version == 0 or len(changed) > FOLD_VECTORS) and self._map_newer(state):
+        if (self.version == 0 or len(changed) > FOLD_VECTORS) and self._map_newer(state.version):
             changed = store.rows_since(self.version)
         if state.deleted > self.version and self._segments:
             living = store.rows_where(None)
@@ -91,26 +93,23 @@ class VectorCopy:
             if not len(living):
                 self._reset()
         self._bury(changed)
-        self._extend(store, changed if self.version else None, len(changed))
+        if not self._rebuilt(store, len(self) + len(changed)):
+            self._extend(store, changed if self.version else None, len(changed))
         self.version = state.version
         if len(self) != store.count():
             raise store.damage("there are documents without a vector, or vectors without a document")
 
-    def apply(self, version: int, rows: Rows, stored: Float16) -> None:
-        """Take up vectors that were just stored as `version`, without reading them back."""
+    def take_up(self, store: DocumentStore, state: State, rows: Rows, stored: Float16 | None) -> None:
+        """Take up vectors that were just stored, without reading them back; None means `rows` were deleted."""
         order = np.argsort(rows)
         self._bury(rows[order])
-        step = max(1, CHUNK_BYTES // (4 * self._width))
-        self._tail().reserve(len(rows))
-        for start in range(0, len(order), step):
-            part = order[start : start + step]
-            self._tail().append(rows[part], stored_to_unit(stored[part], self._width))
-        self.version = version
-
-    def apply_deletion(self, version: int, rows: Rows) -> None:
-        """Take up that rows were just deleted as `version`."""
-        self._bury(rows)
-        self.version = version
+        self.version = state.version
+        if stored is not None and not self._rebuilt(store, len(self) + len(rows)):
+            step = max(1, CHUNK_BYTES // (4 * self._width))
+            self._tail().reserve(len(rows))
+            for start in range(0, len(order), step):
+                part = order[start : start + step]
+                self._tail().append(rows[part], stored_to_unit(stored[part], self._width))
 
     def search(
         self, store: DocumentStore, queries: Float32, k: int, among: Rows | None
@@ -182,14 +181,14 @@ class VectorCopy:
         """The best k candidates by their exact cosines."""
         if all(segment.exact for segment in self._segments):
             return rough[:, :k], candidates[:, :k]  # which are exact already
-        scores = np.full((len(queries), k), -np.inf, np.float32)
-        rows = np.full((len(queries), k), -1, np.int64)
-        for line, query in enumerate(queries):
-            found = np.sort(candidates[line][candidates[line] >= 0])
-            size = min(k, len(found))
-            exact_scores, exact_rows = self._score_all(store, query[None], size, found)
-            scores[line, :size], rows[line, :size] = exact_scores[0], exact_rows[0]
-        return scores, rows
+        exact = np.full(candidates.shape, -np.inf, np.float32)
+        for part, unit in store.vectors(self._dimension, self._width, np.unique(candidates[candidates >= 0])):
+            places = np.searchsorted(part, candidates)
+            places[places == len(part)] = 0
+            here = part[places] == candidates
+            for line, query in enumerate(queries):
+                exact[line, here[line]] = dot(unit[places[line, here[line]]], query)
+        return best(exact, candidates, k)
 
     def _score_all(self, store: DocumentStore, queries: Float32, k: int, among: Rows) -> tuple[Float32, Rows]:
         """Score every stored vector of ascending `among` exactly, and keep the best k."""
@@ -202,18 +201,17 @@ class VectorCopy:
             scores, rows = best(np.hstack([scores, found]), np.hstack([rows, everyone]), k)
         return scores, rows
 
-    def fold_if_worth_it(self, store: DocumentStore, state: State, *, closing: bool) -> None:
+    def fold_if_worth_it(self, store: DocumentStore, *, closing: bool) -> None:
         """Fold when another kind has become right, when most is buried, or when opening would take long."""
         if self._read_only:
             return
         count = len(self)
-        wanted = plan(state.factory, count, self._width, state.memory_budget)
-        grown = wanted != self.kind and (closing or count >= REGROW * self._folded)
+        stale = self._plan(count) != self.kind if closing else self._unsaved
         wasteful = sum(segment.buried for segment in self._segments) > max(FOLD_VECTORS, count)
         slow_to_open = closing and self._path and self.pending > max(FOLD_VECTORS, FOLD_SHARE * count)
-        if grown or wasteful or slow_to_open or (self._gpu_lags() and not closing):
+        if stale or wasteful or slow_to_open or (self._gpu_lags() and not closing):
             try:
-                self.fold(store, state)
+                self.fold(store)
             except SnapshotError as error:
                 logger.warning("%s", error)  # the vectors are in memory and in the database
 
@@ -222,15 +220,15 @@ class VectorCopy:
         main = self._segments[0] if self.on_gpu else None
         return main is not None and (main.buried > MOST_BURIED or len(self) > 2 * len(main.rows))
 
-    def fold(self, store: DocumentStore, state: State) -> None:
+    def fold(self, store: DocumentStore) -> None:
         """Make one main segment of all vectors, of the kind that is right for them, and write its snapshot.
 
         Raises SnapshotError when the snapshot cannot be written; the copy is whole then.
         """
-        kind = plan(state.factory, len(self), self._width, state.memory_budget)
+        kind = self._plan(len(self))
         if kind != self.kind or len(self._segments) != 1 or not self._segments[0].whole:
             self._rebuild(store, kind)
-        self._folded = len(self)
+        self._folded, self._unsaved = len(self), False
         if self._path and not self._segments:
             self._path.unlink(missing_ok=True)
         elif self._path:
@@ -242,7 +240,7 @@ class VectorCopy:
                 segment.index,
                 segment.rows,
                 template,
-                name=state.name,
+                name=self._name,
                 version=self.version,
                 kind=kind,
             )
@@ -268,6 +266,18 @@ class VectorCopy:
             ]
         return found
 
+    def _plan(self, count: int) -> Kind:
+        return plan(self._factory, count, self._width, self._budget)
+
+    def _rebuilt(self, store: DocumentStore, count: int) -> bool:
+        """Build all anew where `count` vectors, much more than at the last fold, ask for another kind."""
+        kind = self._plan(count)
+        if kind == self.kind or count < REGROW * self._folded or self._read_only:
+            return False
+        self._rebuild(store, kind)
+        self._folded, self._unsaved = count, True
+        return True
+
     def _rebuild(self, store: DocumentStore, kind: Kind) -> None:
         if kind != self.kind:
             self.kind, self._template = kind, None
@@ -279,8 +289,8 @@ class VectorCopy:
                 self._template = train(self._faiss, kind, np.concatenate(parts))
         elif kind.lists:
             self._template = self._new_index()  # read from the snapshot while it is there
-        count, self.snapshot, self._segments = len(self), None, []  # what is old goes first: memory holds one
-        self._extend(store, None, count)
+        self.snapshot, self._segments = None, []  # what is old goes first: memory holds one
+        self._extend(store, None, store.count())
 
     def _extend(self, store: DocumentStore, among: Rows | None, count: int) -> None:
         """Append the stored vectors of `among`, or all."""
@@ -294,17 +304,17 @@ class VectorCopy:
                 self._tail().append(rows, unit)
                 progress.update(len(rows))
 
-    def _map_newer(self, state: State) -> bool:
+    def _map_newer(self, version: int) -> bool:
         """Use the snapshot in the folder if it is newer than this copy and belongs to the index."""
         if self._path is None or not self._path.exists():
             return False
         try:
             snapshot = read_snapshot(self._path)
-            if (snapshot.name, snapshot.width) != (state.name, self._width):
+            if (snapshot.name, snapshot.width) != (self._name, self._width):
                 raise SnapshotError(f"{self._path}: it belongs to another index")
-            if snapshot.version > state.version and not self._read_only:
+            if snapshot.version > version and not self._read_only:
                 raise SnapshotError(f"{self._path}: it is newer than the database")
-            if not self.version < snapshot.version <= state.version:
+            if not self.version < snapshot.version <= version:
                 return False
             snapshot.check(*(() if snapshot.kind.lists else ("rows",)))
             self._use(snapshot)
@@ -318,6 +328,7 @@ class VectorCopy:
         self._segments = [Segment(self._faiss, snapshot.kind, index, rows, mapped=True)]
         self.snapshot, self.kind, self.version = snapshot, snapshot.kind, snapshot.version
         self._template, self._folded, self._unchecked = None, snapshot.count, not snapshot.kind.lists
+        self._unsaved = False
 
     def _check_snapshot(self, store: DocumentStore) -> None:
         """Read a flat snapshot through before its first search, which reads it all anyway."""

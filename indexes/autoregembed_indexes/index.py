@@ -10,7 +10,7 @@ from typing import Any
 
 from numpy.typing import ArrayLike
 
-from autoregembed_indexes.copies import VectorCopy, import_faiss
+from autoregembed_indexes.copies import import_faiss
 from autoregembed_indexes.database import DATABASE_NAME
 from autoregembed_indexes.errors import DocumentIndexError
 from autoregembed_indexes.gpu import Gpus
@@ -24,8 +24,8 @@ from autoregembed_indexes.records import (
 )
 from autoregembed_indexes.searching import SearchableIndex, id_list
 from autoregembed_indexes.settings import State, check_added, check_opened, new_state
-from autoregembed_indexes.store import create_store, open_store
-from autoregembed_indexes.vectors import as_matrix, round_for_storage
+from autoregembed_indexes.store import Rows, create_store, open_store
+from autoregembed_indexes.vectors import Float16, as_matrix, round_for_storage
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ class DocumentIndex(SearchableIndex):
         Args:
             path: a folder, or None.
             dimension: entries of a vector; None takes it from the first `add`.
-            factory: how vectors are searched, as FAISS writes it: "Flat" (float32) and "SQfp16" are exact;
+            factory: how vectors are searched, as FAISS writes it: "SQfp16" and "Flat" (float32) are exact;
                 "IVF1024,Flat", "IVF1024,SQ8" and "IVF1024,RaBitQ" (RaBitQ2 ... RaBitQ9: more bits) visit some
                 of 1024 lists and rank what they find by the stored vectors; "IVF,SQ8" chooses the number of
                 lists. "auto" is exact while that fits the memory budget.
@@ -130,7 +130,8 @@ class DocumentIndex(SearchableIndex):
             with index._session() as state:
                 check_opened(str(folder), state, dimension, encoder)
                 if state.dimension is not None:
-                    index._copy(state, state.dimension)
+                    copy = index._copy(state, state.dimension)
+                    copy.fold_if_worth_it(store, closing=True)  # as a process that was killed could not
             on_error.pop_all()
         return index
 
@@ -167,11 +168,7 @@ class DocumentIndex(SearchableIndex):
                     return []
                 check_added(matrix.shape[1], state)
                 rows = self._store.upsert(prepared_ids, prepared_texts, prepared_metadatas, rounded)
-            copy = self._current_copy(state, matrix.shape[1])
-            if copy is not None:
-                with self._dropping(copy):
-                    copy.apply(state.version + 1, rows, rounded)
-                self._fold_where_due()
+            self._take_up(state, matrix.shape[1], rows, rounded)
         return prepared_ids
 
     def delete(self, ids: Sequence[str]) -> int:
@@ -180,11 +177,8 @@ class DocumentIndex(SearchableIndex):
         with self._mutex:
             with self._session(write=True) as state:
                 rows = self._store.delete(wanted)
-            copy = self._current_copy(state, state.dimension)
-            if copy is not None and len(rows):
-                with self._dropping(copy):
-                    copy.apply_deletion(state.version + 1, rows)
-                self._fold_where_due()
+            if len(rows) and state.dimension is not None:
+                self._take_up(state, state.dimension, rows, None)
         return len(rows)
 
     def clear(self) -> int:
@@ -223,7 +217,7 @@ class DocumentIndex(SearchableIndex):
             for width in list(self._copies):
                 copy = self._copy(state, width)
                 with self._dropping(copy):
-                    copy.fold(self._store, state)
+                    copy.fold(self._store)
 
     def compact(self) -> None:
         """Make files as small and searches as fast as they can be: drop what is deleted, merge, rewrite.
@@ -297,21 +291,23 @@ class DocumentIndex(SearchableIndex):
         with self._session() as state:
             yield state
 
-    def _current_copy(self, state: State, width: int | None) -> VectorCopy | None:
-        """The copy that was up to date before the write that `state` precedes; of a new index, an empty one."""
-        if width is None:
-            return None
-        if state.version == 0:
-            self._copies[width] = VectorCopy(width, width, self._path, self._gpus, read_only=self._read_only)
-        copy = self._copies.get(width)
-        return copy if copy is not None and copy.version == state.version else None
+    def _take_up(self, before: State, width: int, rows: Rows, stored: Float16 | None) -> None:
+        """Bring the copy of full vectors from the state `before` a write to what it wrote, without reading it back.
 
-    def _fold_where_due(self) -> None:
+        The write is done: what goes wrong here is mended when the next search makes another copy.
+        """
         with self._session() as state:
-            for copy in list(self._copies.values()):
-                if copy.version == state.version:
-                    with self._dropping(copy):
-                        copy.fold_if_worth_it(self._store, state, closing=False)
+            if before.version == 0:
+                self._copies[width] = self._new_copy(state, width)
+            copy = self._copies.get(width)
+            if copy is None or copy.version != before.version:
+                return
+            try:
+                with self._dropping(copy):
+                    copy.take_up(self._store, state, rows, stored)
+                    copy.fold_if_worth_it(self._store, closing=False)
+            except Exception as error:
+                logger.warning("%r: the vectors are loaded again at the next search (%s)", self, error)
 
 
 def _open_read_only(path: str, device: str) -> DocumentIndex:

@@ -10,6 +10,8 @@ import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
 MAX_DEPTH = 200
 MAX_INT_BITS = 10_000  # Python refuses to read integers of more than 4300 digits
 
@@ -76,7 +78,7 @@ def prepare_metadatas(metadatas: Sequence[Mapping[str, Any] | None] | None, ids:
 
 def to_json(value: object) -> str:
     """Write `value` in the form that the database holds and filters compare."""
-    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return _ENCODER.encode(value)
 
 
 def is_valid_text(text: str) -> bool:

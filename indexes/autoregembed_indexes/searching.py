@@ -295,13 +295,15 @@ class SearchableIndex:
         """The FAISS copy of the vectors cut to `width`, made at its first use, as of this transaction."""
         copy = self._copies.get(width)
         if copy is None:
-            copy = VectorCopy(
-                state.dimension or width, width, self._path, self._gpus, read_only=self._read_only
-            )
+            copy = self._new_copy(state, width)
         with self._dropping(copy):
             copy.catch_up(self._store, state)
         self._copies[width] = copy
         return copy
+
+    def _new_copy(self, state: State, width: int) -> VectorCopy:
+        dimension = state.dimension or width
+        return VectorCopy(state, dimension, width, self._path, self._gpus, read_only=self._read_only)
 
     @contextmanager
     def _dropping(self, copy: VectorCopy) -> Iterator[None]:
@@ -363,7 +365,7 @@ def _release(store: DocumentStore, copies: dict[int, VectorCopy], lock: WriterLo
             state = store.state()
             for copy in copies.values():
                 copy.catch_up(store, state)
-                copy.fold_if_worth_it(store, state, closing=True)
+                copy.fold_if_worth_it(store, closing=True)
     except Exception as error:
         logger.warning("no snapshot was written at closing: %s", error)
     copies.clear()

@@ -155,19 +155,16 @@ def test_filtered_search_is_exact_below_the_limit_on_every_kind(small, low, high
 
 
 def test_auto_is_exact_while_that_fits_the_budget_and_then_smaller_and_smaller():
-    bytes_per_vector = 4 * 1280 + 8
-    kinds = [
-        str(plan("auto", count, 1280, 100_000 * bytes_per_vector))
-        for count in (0, 1, 100_000, 100_001, 190_000, 300_000, 390_000, 5_000_000)
-    ]
-    assert kinds == [
-        "Flat", "Flat", "Flat", "SQfp16", "SQfp16", "IVF1024,SQ8", "IVF1024,SQ8", "IVF1024,RaBitQ",
+    bytes_per_vector = 2 * 1280 + 8
+    counts = (0, 1, 100_000, 100_001, 150_000, 190_000, 300_000, 5_000_000)
+    assert [str(plan("auto", count, 1280, 100_000 * bytes_per_vector)) for count in counts] == [
+        "SQfp16", "SQfp16", "SQfp16", "IVF512,SQ8", "IVF512,SQ8", "IVF512,SQ8", "IVF1024,RaBitQ", "IVF1024,RaBitQ",
     ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("factory", "count", "kind"), [
-    ("IVF,SQ8", 600, "Flat"), ("IVF,SQ8", 700, "IVF16,SQ8"), ("IVF,SQ8", 50_000, "IVF256,SQ8"),
-    ("IVF100,Flat", 3_899, "Flat"), ("IVF100,Flat", 3_900, "IVF100,Flat"), ("SQfp16", 0, "SQfp16"),
+    ("IVF,SQ8", 600, "SQfp16"), ("IVF,SQ8", 700, "IVF16,SQ8"), ("IVF,SQ8", 50_000, "IVF256,SQ8"),
+    ("IVF100,Flat", 3_899, "SQfp16"), ("IVF100,Flat", 3_900, "IVF100,Flat"), ("SQfp16", 0, "SQfp16"),
 ])  # fmt: skip
 def test_lists_wait_until_there_are_vectors_to_train_them(factory, count, kind):
     assert str(plan(factory, count, 1280, 1)) == kind
@@ -180,8 +177,8 @@ def test_an_index_grows_from_flat_into_its_kind_and_retrains(tmp_path):
             index.add(VECTORS[start : start + 250], ["text"] * 250)
             kinds.append(index.info()["kind"])
     assert kinds == [
-        "Flat",
-        "Flat",
+        "SQfp16",
+        "SQfp16",
         "IVF16,SQ8",
         "IVF16,SQ8",
         "IVF32,SQ8",
