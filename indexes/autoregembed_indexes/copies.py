@@ -12,7 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from autoregembed_indexes.gpu import GPU_MARGIN, MOST_BURIED, MOST_FOUND, Gpus
-from autoregembed_indexes.kinds import Faiss, FaissIndex, Kind, plan, train, training_size
+from autoregembed_indexes.kinds import FLOAT_MARGIN, Faiss, FaissIndex, Kind, plan, train, training_size
 from autoregembed_indexes.segment import Segment, best, dot
 from autoregembed_indexes.settings import State
 from autoregembed_indexes.snapshot import Snapshot, SnapshotError, read_snapshot, write_snapshot
@@ -192,13 +192,16 @@ class VectorCopy:
 
     def _score_all(self, store: DocumentStore, queries: Float32, k: int, among: Rows) -> tuple[Float32, Rows]:
         """Score every stored vector of ascending `among` exactly, and keep the best k."""
-        scores = np.empty((len(queries), 0), np.float32)
-        rows = np.empty((len(queries), 0), np.int64)
+        scores = np.full((len(queries), k), -np.inf, np.float32)
+        rows = np.full((len(queries), k), -1, np.int64)
         for part, unit in store.vectors(self._dimension, self._width, among):
-            wide = unit.astype(np.float64)
-            found = np.stack([dot(wide, query) for query in queries])
-            everyone = np.broadcast_to(part, found.shape)
-            scores, rows = best(np.hstack([scores, found]), np.hstack([rows, everyone]), k)
+            for line, (query, rough) in enumerate(zip(queries, queries @ unit.T, strict=True)):
+                least = np.partition(rough, -k)[-k] if k < len(rough) else -np.inf
+                likely = np.flatnonzero(rough >= max(least, scores[line, -1]) - FLOAT_MARGIN)
+                found = np.concatenate([scores[line], dot(unit[likely], query)])
+                scores[line], rows[line] = best(
+                    found[None], np.concatenate([rows[line], part[likely]])[None], k
+                )
         return scores, rows
 
     def fold_if_worth_it(self, store: DocumentStore, *, closing: bool) -> None:

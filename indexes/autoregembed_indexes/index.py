@@ -159,16 +159,16 @@ class DocumentIndex(SearchableIndex):
         if isinstance(texts, str):
             raise TypeError("texts must be a list with one text per vector, got str")
         prepared_ids = prepare_ids(ids, len(matrix))
+        rounded = round_for_storage(matrix, prepared_ids)
         prepared_texts = prepare_texts(texts, prepared_ids)
         prepared_metadatas = prepare_metadatas(metadatas, prepared_ids)
-        rounded = round_for_storage(matrix, prepared_ids)
         with self._mutex:
             with self._session(write=True) as state:
                 if not prepared_ids:
                     return []
                 check_added(matrix.shape[1], state)
                 rows = self._store.upsert(prepared_ids, prepared_texts, prepared_metadatas, rounded)
-            self._take_up(state, matrix.shape[1], rows, rounded)
+            self._take_up(state, matrix.shape[1], rows, rounded())
         return prepared_ids
 
     def delete(self, ids: Sequence[str]) -> int:

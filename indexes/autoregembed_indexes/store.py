@@ -70,10 +70,14 @@ class DocumentStore:
         """Count the documents."""
         return int(self._db.execute("SELECT count(*) FROM documents").fetchone()[0])
 
-    def upsert(self, ids: list[str], texts: list[str], metadatas: list[str], vectors: Float16) -> Rows:
-        """Write whole documents, replacing those whose id is there, and return their rows."""
+    def upsert(
+        self, ids: list[str], texts: list[str], metadatas: list[str], rounded: Callable[[], Float16]
+    ) -> Rows:
+        """Write whole documents, replacing those whose id is there, and return their rows.
+
+        `rounded` gives the vectors [n, dimension]; it is called last, so that they can be computed meanwhile.
+        """
         version = self._next_version()
-        self._db.execute("UPDATE state SET dimension = ?", (vectors.shape[1],))
         known = dict(self._select("id, row", "id", ids))
         (last,) = self._db.execute("SELECT coalesce(max(row), 0) FROM documents").fetchone()
         fresh, replaced = [], []
@@ -104,6 +108,8 @@ class DocumentStore:
         )
         known |= zip((values[0] for values in fresh), added, strict=True)
         rows = [known[doc_id] for doc_id in ids]
+        vectors = rounded()
+        self._db.execute("UPDATE state SET dimension = ?", (vectors.shape[1],))
         blobs = (vector.tobytes() for vector in vectors.astype("<f2", copy=False))
         self._db.executemany(
             "INSERT INTO vectors(row, version, checksum, vector) VALUES (?, ?, ?, ?) ON CONFLICT(row) DO UPDATE "

@@ -1,7 +1,7 @@
 """Arrays in, unit vectors out: what is stored (float16) and what is compared (float32)."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -52,8 +52,11 @@ def normalise(matrix: NDArray[np.generic], names: Sequence[object]) -> Float32:
     return scaled
 
 
-def round_for_storage(matrix: NDArray[np.generic], ids: Sequence[str]) -> Float16:
-    """Unit rows rounded to float16, in chunks so that memory stays near the result's own size."""
+def round_for_storage(matrix: NDArray[np.generic], ids: Sequence[str]) -> Callable[[], Float16]:
+    """Begin to round the unit rows of `matrix` to float16, in threads; calling the result waits for them.
+
+    Then ValueError names the first row with NaN, infinity or nothing but zeros.
+    """
     rounded = np.empty(matrix.shape, dtype=np.float16)
     step = max(1, CHUNK_BYTES // (4 * max(1, matrix.shape[1])))
 
@@ -62,10 +65,19 @@ def round_for_storage(matrix: NDArray[np.generic], ids: Sequence[str]) -> Float1
         names = [f"vectors[{position}] (id {doc_id!r})" for position, doc_id in enumerate(ids[part], start)]
         rounded[part] = normalise(matrix[part], names)
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for _ in pool.map(round_from, range(0, len(matrix), step)):
-            pass  # the first error, in the order of rows, is raised here
-    return rounded
+    if len(matrix) <= step:
+        round_from(0)
+        return lambda: rounded
+    threads = ThreadPoolExecutor(os.cpu_count())
+    parts = [threads.submit(round_from, start) for start in range(0, len(matrix), step)]
+    threads.shutdown(wait=False)
+
+    def wait() -> Float16:
+        for part in parts:
+            part.result()
+        return rounded
+
+    return wait
 
 
 def stored_to_unit(stored: Float16, width: int) -> Float32:
@@ -74,7 +86,7 @@ def stored_to_unit(stored: Float16, width: int) -> Float32:
     Raises ValueError for NaN or infinity.
     """
     unit = stored[:, :width].astype(np.float32)
-    norms = np.linalg.norm(unit, axis=1, keepdims=True)
+    norms = np.sqrt(np.einsum("ij,ij->i", unit, unit))[:, None]
     if not np.isfinite(norms).all():
         raise ValueError("a stored vector holds NaN or infinity")
     norms[norms == 0] = 1
