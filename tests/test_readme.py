@@ -9,6 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from autoregembed_rag.cli import app
+from langchain_autoregembed import AutoRegEmbeddings
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -28,8 +29,34 @@ def test_python_snippets_run_as_written_one_after_the_other(tmp_path, monkeypatc
     assert "Don Quixote" not in printed
 
 
+def test_the_snippet_that_moves_a_community_store_moves_it(tmp_path, monkeypatch):
+    community = pytest.importorskip(
+        "langchain_community.vectorstores", reason="langchain-community is not installed"
+    )
+    monkeypatch.chdir(tmp_path)
+    old = community.FAISS.from_texts(
+        ["Goethe wrote Faust.", "Basalt is a rock."],
+        AutoRegEmbeddings(),
+        [{"n": 1}, {"n": 2}],
+        ids=["a", "b"],
+    )
+    old.save_local("faiss_index")
+    (snippet,) = re.findall(r"```py\n(.*?)```", README, flags=re.DOTALL)
+    names: dict = {}
+    exec(compile(snippet, "README.md", "exec"), names)  # noqa: S102
+    moved = names["store"].similarity_search_with_score("Who wrote Faust?", k=2)
+    assert [(document.id, document.metadata) for document, _ in moved] == [("a", {"n": 1}), ("b", {"n": 2})]
+    distances = {
+        document.page_content: distance
+        for document, distance in old.similarity_search_with_score("Who wrote Faust?")
+    }
+    for document, cosine in moved:
+        assert cosine == pytest.approx(1 - distances[document.page_content] / 2, abs=1e-3)
+
+
 @pytest.mark.parametrize(
-    "words", sorted(set(re.findall(r"^autoregembed (train \w+)", README, flags=re.MULTILINE)))
+    "words",
+    sorted(set(re.findall(r"^autoregembed (train \w+|index \w+|search)", README, flags=re.MULTILINE))),
 )
 def test_commands_shown_exist_with_the_options_shown(words):
     shown = re.search(rf"^autoregembed {words} (.*)$", README, flags=re.MULTILINE)
