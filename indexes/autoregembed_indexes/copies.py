@@ -6,9 +6,11 @@ with what came since. `fold` makes both into a new main segment.
 
 import logging
 import math
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from autoregembed_indexes.gpu import GPU_MARGIN, MOST_BURIED, MOST_FOUND, Gpus
@@ -20,7 +22,6 @@ from autoregembed_indexes.store import DocumentStore, Rows
 from autoregembed_indexes.vectors import CHUNK_BYTES, Float16, Float32, stored_to_unit
 
 EXACT_LIMIT = 20_000
-MOST_CANDIDATES = 1_024
 SAMPLE = 100
 FOLD_SHARE = 0.05
 FOLD_VECTORS = 1_000
@@ -146,7 +147,7 @@ class VectorCopy:
         """
         fetch = self.kind.candidates(k)
         probes = math.ceil(self.kind.probes * len(self) / available)
-        most = max(4 * k, MOST_CANDIDATES)
+        most = max(4 * k, self.kind.crowd)
         gpu = self.on_gpu
         scores = np.empty((len(queries), k), np.float32)
         rows = np.empty((len(queries), k), np.int64)
@@ -181,23 +182,25 @@ class VectorCopy:
         """The best k candidates by their exact cosines."""
         if all(segment.exact for segment in self._segments):
             return rough[:, :k], candidates[:, :k]  # which are exact already
-        exact = np.full(candidates.shape, -np.inf, np.float32)
-        for part, unit in store.vectors(self._dimension, self._width, np.unique(candidates[candidates >= 0])):
-            places = np.searchsorted(part, candidates)
-            places[places == len(part)] = 0
-            here = part[places] == candidates
-            for line, query in enumerate(queries):
-                exact[line, here[line]] = dot(unit[places[line, here[line]]], query)
-        return best(exact, candidates, k)
+        return self._score_all(store, queries, k, np.unique(candidates[candidates >= 0]), candidates)
 
-    def _score_all(self, store: DocumentStore, queries: Float32, k: int, among: Rows) -> tuple[Float32, Rows]:
-        """Score every stored vector of ascending `among` exactly, and keep the best k."""
+    def _score_all(
+        self, store: DocumentStore, queries: Float32, k: int, among: Rows, candidates: Rows | None = None
+    ) -> tuple[Float32, Rows]:
+        """Score every stored vector of ascending `among` exactly, and keep the best k.
+
+        `candidates` [n, m] says which of them count for each query; None means all.
+        """
         scores = np.full((len(queries), k), -np.inf, np.float32)
         rows = np.full((len(queries), k), -1, np.int64)
         for part, unit in store.vectors(self._dimension, self._width, among):
-            for line, (query, rough) in enumerate(zip(queries, queries @ unit.T, strict=True)):
-                least = np.partition(rough, -k)[-k] if k < len(rough) else -np.inf
-                likely = np.flatnonzero(rough >= max(least, scores[line, -1]) - FLOAT_MARGIN)
+            rough = queries @ unit.T
+            if candidates is not None:
+                rough[~_holds(candidates, part)] = -np.inf
+            for line, query in enumerate(queries):
+                least = np.partition(rough[line], -k)[-k] if k < len(part) else -np.inf
+                bound = max(least, scores[line, -1], -2) - FLOAT_MARGIN
+                likely = np.flatnonzero(rough[line] >= bound)  # few, so that summing in float64 costs little
                 found = np.concatenate([scores[line], dot(unit[likely], query)])
                 scores[line], rows[line] = best(
                     found[None], np.concatenate([rows[line], part[likely]])[None], k
@@ -228,6 +231,7 @@ class VectorCopy:
 
         Raises SnapshotError when the snapshot cannot be written; the copy is whole then.
         """
+        self._check_snapshot(store)
         kind = self._plan(len(self))
         if kind != self.kind or len(self._segments) != 1 or not self._segments[0].whole:
             self._rebuild(store, kind)
@@ -347,7 +351,8 @@ class VectorCopy:
     def _discard(self, error: SnapshotError) -> None:
         logger.warning("%s; the vectors are loaded from the database", error)
         if self._path and not self._read_only:
-            self._path.unlink(missing_ok=True)
+            with suppress(OSError):
+                self._path.unlink()
         self._path = None if self._read_only else self._path
         self._reset()
 
@@ -368,3 +373,13 @@ class VectorCopy:
     def _bury(self, rows: Rows) -> None:
         for segment in self._segments:
             segment.bury(rows)
+
+
+def _holds(lists: Rows, rows: Rows) -> NDArray[np.bool_]:
+    """Tell which of the ascending `rows` [m] each of the `lists` [n, any] holds: [n, m]."""
+    places = np.searchsorted(rows, lists)
+    places[places == len(rows)] = 0
+    here = rows[places] == lists
+    held = np.zeros((len(lists), len(rows)), dtype=bool)
+    held[np.nonzero(here)[0], places[here]] = True
+    return held

@@ -8,6 +8,7 @@ from pathlib import Path
 from autoregembed_indexes.errors import DocumentIndexError, IndexDamagedError
 from autoregembed_indexes.filters import register_functions
 from autoregembed_indexes.lexical import WORDS_TABLE
+from autoregembed_indexes.lock import has_writer
 from autoregembed_indexes.settings import State
 
 DATABASE_NAME = "documents.sqlite"
@@ -15,12 +16,22 @@ APPLICATION_ID = 0x41524547
 FORMAT_VERSION = 2
 MIN_SQLITE = (3, 35)
 
+# Of what cannot be read, or is not there although we made it.
+_SIGNS_OF_DAMAGE = (
+    "decode to UTF-8",
+    "malformed",
+    "corrupt",
+    "no such ",
+    "unknown function",
+    "vtable constructor",
+)
+
 # Vectors have their own table: a filter scans metadata without reading them.
 _SCHEMA = """
 CREATE TABLE state (
     name TEXT NOT NULL, factory TEXT NOT NULL, dimension INTEGER, tokens INTEGER, encoder TEXT,
     tokenizer TEXT NOT NULL, memory_budget INTEGER NOT NULL,
-    version INTEGER NOT NULL DEFAULT 0, deleted INTEGER NOT NULL DEFAULT 0
+    version INTEGER NOT NULL DEFAULT 0, deleted INTEGER NOT NULL DEFAULT 0, checksum INTEGER NOT NULL
 );
 CREATE TABLE documents (
     row INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, metadata TEXT NOT NULL,
@@ -46,22 +57,28 @@ def create_database(folder: Path | None, state: State) -> sqlite3.Connection:
     try:
         with closing(_connect(_uri(beside, "rwc"))) as connection:
             _write_schema(connection, state)
+    except sqlite3.Error as error:
+        beside.unlink(missing_ok=True)
+        raise describe(error, str(beside)) from error
     except BaseException:
         beside.unlink(missing_ok=True)
         raise
     beside.replace(folder / DATABASE_NAME)
     sync_folder(folder)
-    return open_database(folder, read_only=False)
+    return open_database(folder, read_only=False)[0]
 
 
-def open_database(folder: Path, *, read_only: bool) -> sqlite3.Connection:
-    """Connect to the database in `folder` and check that it is one of ours."""
+def open_database(folder: Path, *, read_only: bool) -> tuple[sqlite3.Connection, bool]:
+    """Connect to the database in `folder` and check that it is one of ours.
+
+    Also tells whether the connection takes the file for one that nobody changes.
+    """
     database = folder / DATABASE_NAME
     if not read_only:
         options = "rw"
-    elif os.access(folder, os.W_OK):
+    elif os.access(folder, os.W_OK) or has_writer(folder):
         options = "ro"
-    else:  # a log cannot be read where its shared index cannot be written
+    else:  # a log cannot be read where nobody keeps its shared index
         log = folder / f"{DATABASE_NAME}-wal"
         if log.exists() and log.stat().st_size:
             raise DocumentIndexError(
@@ -75,7 +92,7 @@ def open_database(folder: Path, *, read_only: bool) -> sqlite3.Connection:
         raise describe(error, str(database)) from error
     try:
         _check_format(connection, database)
-        _check_whole(database)
+        _check_whole(connection, database)
         if not read_only:
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("PRAGMA synchronous = FULL")
@@ -85,14 +102,14 @@ def open_database(folder: Path, *, read_only: bool) -> sqlite3.Connection:
     except BaseException:
         connection.close()
         raise
-    return connection
+    return connection, "immutable" in options
 
 
 def describe(error: sqlite3.Error, name: str) -> Exception:
     """Say what an SQLite error means for the index."""
     if "no such module: fts5" in str(error):
         return DocumentIndexError("Python's SQLite was built without FTS5, which an index needs for text")
-    if type(error) is sqlite3.DatabaseError or "decode to UTF-8" in str(error):
+    if type(error) is sqlite3.DatabaseError or any(sign in str(error) for sign in _SIGNS_OF_DAMAGE):
         return damage(name, str(error))
     return DocumentIndexError(f"{name}: {error}; nothing was changed")
 
@@ -111,14 +128,16 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _check_whole(database: Path) -> None:
-    """Find a database cut off inside a page, which SQLite would read as zeros."""
+def _check_whole(connection: sqlite3.Connection, database: Path) -> None:
+    """Find a database cut off inside a page, which SQLite would read as zeros.
+
+    Without opening the file: closing it again would drop every lock that SQLite holds on it for this process.
+    """
     log = database.with_name(f"{DATABASE_NAME}-wal")
     if log.exists() and log.stat().st_size:
         return  # a checkpoint may be under way, or is repeated from the log
-    with database.open("rb") as file:
-        page_size = int.from_bytes(file.read(18)[16:], "big")
-    if page_size > 1 and database.stat().st_size % page_size:
+    (page_size,) = connection.execute("PRAGMA page_size").fetchone()
+    if database.stat().st_size % page_size:
         raise damage(str(database), "it ends inside a page, so that its end is missing")
 
 
@@ -150,8 +169,8 @@ def _write_schema(connection: sqlite3.Connection, state: State) -> None:
             f"tokenizer {state.tokenizer!r} is not one that SQLite's FTS5 knows ({error}); use "
             "'porter unicode61' (English), 'unicode61' or 'trigram' (languages without spaces)"
         ) from error
-    marks = ", ".join("?" * len(state))
-    connection.execute(f"INSERT INTO state VALUES ({marks})", state)  # noqa: S608
+    values = (*state, state.checksum)
+    connection.execute(f"INSERT INTO state VALUES ({', '.join('?' * len(values))})", values)  # noqa: S608
     connection.execute("COMMIT")
 
 

@@ -12,7 +12,8 @@ from numpy.typing import ArrayLike
 
 from autoregembed_indexes.copies import import_faiss
 from autoregembed_indexes.database import DATABASE_NAME
-from autoregembed_indexes.errors import DocumentIndexError
+from autoregembed_indexes.errors import DocumentIndexError, IndexDamagedError
+from autoregembed_indexes.filters import index_expression
 from autoregembed_indexes.gpu import Gpus
 from autoregembed_indexes.kinds import DEFAULT_MEMORY_BUDGET
 from autoregembed_indexes.lexical import DEFAULT_TOKENIZER
@@ -123,10 +124,12 @@ class DocumentIndex(SearchableIndex):
             if lock:
                 on_error.callback(lock.release)
                 for leftover in folder.glob("vectors-*.faiss.new"):  # of a process that was killed
-                    leftover.unlink()
+                    with suppress(OSError):
+                        leftover.unlink()
             store = open_store(folder, read_only=read_only)
             on_error.callback(store.close)
             index = cls(store, lock, folder, gpus, read_only=read_only)
+            on_error.callback(index.close)
             with index._session() as state:
                 check_opened(str(folder), state, dimension, encoder)
                 if state.dimension is not None:
@@ -196,6 +199,7 @@ class DocumentIndex(SearchableIndex):
 
     def drop_metadata_index(self, key: str) -> bool:
         """Undo `create_metadata_index`; tells whether there was one."""
+        index_expression(key)
         with self._session(write=True):
             return self._store.drop_metadata_index(key)
 
@@ -232,13 +236,17 @@ class DocumentIndex(SearchableIndex):
         """Check everything that can be checked, and return what is wrong in words, [] when nothing is.
 
         Reads the whole database: SQLite's own structures, each checksum, the words, the snapshot's checksums, and
-        whether a sample of documents is found by its own vectors. A damaged snapshot is rebuilt at the next opening;
+        whether a sample of documents is found by its own vectors. The words are checked only where the index is open
+        for writing. A damaged snapshot is rebuilt at the next opening;
         a damaged database needs a copy.
         """
-        with self._session() as state:
-            problems = self._store.problems(writable=not self._read_only)
-            if not problems and state.dimension is not None:
-                problems = self._copy(state, state.dimension).problems(self._store)
+        try:
+            with self._session() as state:
+                problems = self._store.problems(writable=not self._read_only)
+                if not problems and state.dimension is not None:
+                    problems = self._copy(state, state.dimension).problems(self._store)
+        except IndexDamagedError as error:
+            return [str(error)]
         return problems
 
     def info(self) -> dict[str, Any]:

@@ -61,6 +61,11 @@ class Kind:
         return max(k + 16, 4 * k) if self.lists else k + 8
 
     @property
+    def crowd(self) -> int:
+        """How many candidates to rank at most where a great many are as near as makes no difference."""
+        return 1_024 if self.code == "Flat" else 16_384
+
+    @property
     def probes(self) -> int:
         """How many lists a search visits when nothing is filtered."""
         return max(LEAST_PROBES, self.lists // 4)

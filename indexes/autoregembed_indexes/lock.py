@@ -32,8 +32,12 @@ class WriterLock:
                 f"{folder} is open for writing in {who} (pid {holder}); close it there, or open it here with "
                 "read_only=True"
             ) from None
-        os.ftruncate(self._file, 0)
-        os.pwrite(self._file, f"{os.getpid()}\n".encode(), 0)
+        try:
+            os.ftruncate(self._file, 0)
+            os.pwrite(self._file, f"{os.getpid()}\n".encode(), 0)
+        except OSError as error:
+            os.close(self._file)
+            raise DocumentIndexError(f"{folder} cannot be written ({error.strerror})") from error
 
     def release(self) -> None:
         """Let the next writer in; a second call does nothing."""
@@ -43,3 +47,18 @@ class WriterLock:
         fcntl.flock(self._file, fcntl.LOCK_UN)
         os.close(self._file)
         self._file = -1
+
+
+def has_writer(folder: Path) -> bool:
+    """Tell whether a process has `folder` open for writing; needs no right to write there."""
+    try:
+        file = os.open(folder / LOCK_NAME, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(file)
+    return False

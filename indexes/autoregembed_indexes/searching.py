@@ -24,6 +24,7 @@ from autoregembed_indexes.settings import State, check_query
 from autoregembed_indexes.store import DocumentStore, Filter, Rows
 from autoregembed_indexes.vectors import Float32, as_matrix, normalise
 
+CLOSING_SECONDS = 30
 MOST_HITS = 2**40  # no index has more, and SQLite's and FAISS' integers end at 2**63
 
 logger = logging.getLogger(__name__)
@@ -42,7 +43,7 @@ class SearchableIndex:
         self._copies: dict[int, VectorCopy] = {}
         self._mutex = threading.RLock()
         self._pid = os.getpid()
-        self._release = weakref.finalize(self, _release, store, self._copies, lock, self._pid)
+        self._release = weakref.finalize(self, _release, store, self._copies, lock, self._mutex, self._pid)
 
     def get(self, ids: Sequence[str]) -> list[Document]:
         """Return the documents with these ids, in this order, leaving out ids that are not there."""
@@ -356,22 +357,33 @@ class SearchableIndex:
         return np.concatenate(found)[places]
 
 
-def _release(store: DocumentStore, copies: dict[int, VectorCopy], lock: WriterLock | None, pid: int) -> None:
+def _release(
+    store: DocumentStore,
+    copies: dict[int, VectorCopy],
+    lock: WriterLock | None,
+    mutex: threading.RLock,
+    pid: int,
+) -> None:
     """Close what an index holds, unless this is a fork: there it belongs to the parent."""
     if os.getpid() != pid:
         return
+    if not mutex.acquire(timeout=CLOSING_SECONDS):
+        return  # a thread that outlives the interpreter is in a call: its transaction is not ours to end
     try:
-        with store.transaction(write=False):
-            state = store.state()
-            for copy in copies.values():
-                copy.catch_up(store, state)
-                copy.fold_if_worth_it(store, closing=True)
-    except Exception as error:
-        logger.warning("no snapshot was written at closing: %s", error)
-    copies.clear()
-    store.close()
-    if lock is not None:
-        lock.release()
+        try:
+            with store.transaction(write=False):
+                state = store.state()
+                for copy in copies.values():
+                    copy.catch_up(store, state)
+                    copy.fold_if_worth_it(store, closing=True)
+        except Exception as error:  # closing goes on: the documents are safe without a snapshot
+            logger.warning("no snapshot was written at closing: %s", error)
+        copies.clear()
+        store.close()
+        if lock is not None:
+            lock.release()
+    finally:
+        mutex.release()
 
 
 def _hit(document: tuple[str, str, str], score: float) -> Hit:

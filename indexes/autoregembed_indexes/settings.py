@@ -2,11 +2,13 @@
 
 import operator
 import uuid
+import zlib
 from typing import NamedTuple
 
 from autoregembed_indexes.errors import IndexMismatchError
 from autoregembed_indexes.kinds import check_factory
 from autoregembed_indexes.lexical import check_tokenizer
+from autoregembed_indexes.records import is_valid_text
 
 
 class State(NamedTuple):
@@ -22,6 +24,11 @@ class State(NamedTuple):
     version: int = 0
     deleted: int = 0
 
+    @property
+    def checksum(self) -> int:
+        """Of the settings, without the versions."""
+        return zlib.crc32(repr(self[:7]).encode(errors="replace"))
+
 
 def new_state(
     factory: str,
@@ -34,6 +41,8 @@ def new_state(
     """Check the settings of an index to be made, and give it a name that no other index has."""
     if encoder is not None and not isinstance(encoder, str):
         raise TypeError(f"encoder must be a fingerprint (str) or None, got {type(encoder).__name__}")
+    if encoder is not None and not is_valid_text(encoder):
+        raise ValueError(f"encoder {encoder!r} holds a lone surrogate, which is not valid Unicode")
     check_tokenizer(tokenizer)
     state = State(
         uuid.uuid4().hex,
@@ -56,8 +65,8 @@ def _check_tokens(dimension: int, tokens: int | None) -> None:
 
 def _at_least_one(name: str, value: int) -> int:
     size = operator.index(value)
-    if size < 1:
-        raise ValueError(f"{name} must be at least 1, got {size}")
+    if not 1 <= size < 2**62:
+        raise ValueError(f"{name} must be at least 1, and less than 2**62, got {size}")
     return size
 
 

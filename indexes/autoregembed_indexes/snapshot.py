@@ -20,7 +20,7 @@ import numpy as np
 
 from autoregembed_indexes.database import sync_folder
 from autoregembed_indexes.errors import DocumentIndexError
-from autoregembed_indexes.kinds import Faiss, FaissIndex, Kind, prepare
+from autoregembed_indexes.kinds import Faiss, FaissIndex, Kind, check_factory, prepare
 from autoregembed_indexes.store import Rows
 
 MAGIC = b"AREVEC01"
@@ -101,8 +101,8 @@ def write_snapshot(
     """
     beside = path.with_name(path.name + ".new")
     try:
-        faiss.write_index(index, os.fspath(beside))
-        with beside.open("r+b") as file:
+        with beside.open("w+b") as file:
+            faiss.write_index(index, f"/dev/fd/{file.fileno()}")  # FAISS takes no path that is not UTF-8
             length = file.seek(0, os.SEEK_END)
             sections = {"vectors": Section(0, length, _checksum(file, Section(0, length, 0)))}
             for part, content in (("rows", rows.astype("<i8").tobytes()), ("template", template)):
@@ -153,9 +153,14 @@ def read_snapshot(path: Path) -> Snapshot:
         if zlib.crc32(head) != checksum:
             raise SnapshotError(f"{path}: its head does not have its checksum")
         fields = json.loads(head)
-        sections = {part: Section(**fields[part]) for part in ("vectors", "rows", "template")}
+        try:
+            sections = {part: Section(**fields[part]) for part in ("vectors", "rows", "template")}
+            kind = Kind.parse(check_factory(fields["kind"]))
+            snapshot = Snapshot(**{**fields, **sections, "path": path, "file": file, "kind": kind})
+        except (KeyError, TypeError, ValueError) as error:
+            raise SnapshotError(f"{path}: another release wrote it ({error})") from error
         on_error.pop_all()
-    return Snapshot(**{**fields, **sections, "path": path, "file": file, "kind": Kind.parse(fields["kind"])})
+    return snapshot
 
 
 def _checksum(file: BinaryIO, section: Section) -> int:

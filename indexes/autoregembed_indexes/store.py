@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autoregembed_indexes.database import DATABASE_NAME, create_database, damage, describe, open_database
-from autoregembed_indexes.errors import IndexDamagedError
+from autoregembed_indexes.errors import DocumentIndexError, IndexDamagedError
 from autoregembed_indexes.filters import compile_filter, index_expression
 from autoregembed_indexes.lexical import match_expression
 from autoregembed_indexes.settings import State
@@ -32,13 +32,17 @@ Filter = Mapping[str, Any] | Callable[[dict[str, Any]], bool]
 class DocumentStore:
     """A connection to the database; every method but `transaction`, `tidy` and `close` runs in a transaction."""
 
-    def __init__(self, connection: sqlite3.Connection, name: str) -> None:
+    def __init__(self, connection: sqlite3.Connection, name: str, fixed: Path | None = None) -> None:
+        """`fixed` is the file of a connection that does not see what others write to it."""
         self._db = connection
         self._name = name
+        self._fixed = fixed and (fixed, _last_change(fixed))
 
     @contextmanager
     def transaction(self, *, write: bool) -> Iterator[None]:
         """Run the block on one state of the database; a write is durable when the block ends, or undone."""
+        if self._fixed and _last_change(self._fixed[0]) != self._fixed[1]:
+            raise DocumentIndexError(f"{self._name} was changed since it was opened; open it again")
         try:
             try:
                 self._db.execute("BEGIN IMMEDIATE" if write else "BEGIN")
@@ -50,6 +54,8 @@ class DocumentStore:
                 raise
         except sqlite3.Error as error:
             raise describe(error, self._name) from error
+        except UnicodeDecodeError as error:
+            raise self.damage(str(error)) from error
 
     def close(self) -> None:
         """Close the connection; the last one to a folder folds the write-ahead log into the database."""
@@ -64,7 +70,11 @@ class DocumentStore:
         found = self._db.execute("SELECT * FROM state").fetchone()
         if found is None:
             raise self.damage("its settings are missing")
-        return State(*found)
+        *values, checksum = found
+        state = State(*values)
+        if checksum != state.checksum or not all(isinstance(number, int) for number in state[7:]):
+            raise self.damage("its settings do not have their checksum")
+        return state
 
     def count(self) -> int:
         """Count the documents."""
@@ -109,7 +119,10 @@ class DocumentStore:
         known |= zip((values[0] for values in fresh), added, strict=True)
         rows = [known[doc_id] for doc_id in ids]
         vectors = rounded()
-        self._db.execute("UPDATE state SET dimension = ?", (vectors.shape[1],))
+        changed = self.state()._replace(dimension=vectors.shape[1])
+        self._db.execute(
+            "UPDATE state SET dimension = ?, checksum = ?", (changed.dimension, changed.checksum)
+        )
         blobs = (vector.tobytes() for vector in vectors.astype("<f2", copy=False))
         self._db.executemany(
             "INSERT INTO vectors(row, version, checksum, vector) VALUES (?, ?, ?, ?) ON CONFLICT(row) DO UPDATE "
@@ -168,10 +181,10 @@ class DocumentStore:
             found.append("there are documents without a vector, or vectors without a document")
         query = "SELECT id, metadata, text, checksum FROM documents"
         for doc_id, metadata, text, checksum in self._db.execute(query):
-            if checksum != _checksum(doc_id, metadata, text):
+            if not _is_sound(doc_id, metadata, text, checksum):
                 found.append(f"document {doc_id!r} does not have its checksum")
         for row, checksum, vector in self._db.execute("SELECT row, checksum, vector FROM vectors"):
-            if checksum != zlib.crc32(vector):
+            if type(vector) is not bytes or checksum != zlib.crc32(vector):
                 found.append(f"the vector in row {row} does not have its checksum")
         return found
 
@@ -205,11 +218,18 @@ class DocumentStore:
         if callable(where):
             found = self._db.execute("SELECT row, metadata FROM documents ORDER BY row")
             return np.fromiter(
-                (row for row, metadata in found if where(json.loads(metadata))), dtype=np.int64
+                (row for row, metadata in found if where(self._json(metadata))), dtype=np.int64
             )
         condition, parameters = compile_filter(where, self.metadata_keys())
         found = self._db.execute(f"SELECT row FROM documents WHERE {condition} ORDER BY row", parameters)  # noqa: S608
         return np.fromiter((row for (row,) in found), dtype=np.int64)
+
+    def _json(self, metadata: str) -> dict[str, Any]:
+        try:
+            values: dict[str, Any] = json.loads(metadata)
+        except (TypeError, ValueError) as error:
+            raise self.damage(f"metadata is not JSON ({error})") from error
+        return values
 
     def search_words(self, query: str, tokenizer: str, k: int, among: Rows | None) -> list[tuple[int, float]]:
         """The k rows whose texts match a user's words best: (row, BM25), higher is better."""
@@ -260,7 +280,7 @@ class DocumentStore:
         for row, doc_id, text, metadata, checksum in self._select(
             "row, id, text, metadata, checksum", key, wanted
         ):
-            if checksum != _checksum(doc_id, metadata, text):
+            if not _is_sound(doc_id, metadata, text, checksum):
                 raise self.damage(f"document {doc_id!r} does not have its checksum")
             yield row, doc_id, text, metadata
 
@@ -302,7 +322,7 @@ class DocumentStore:
         step = max(1, CHUNK_BYTES // (2 * dimension))
         while chunk := cursor.fetchmany(step):
             rows, _, blobs = zip(*chunk, strict=True)
-            if any(len(blob) != 2 * dimension for blob in blobs):
+            if any(type(blob) is not bytes or len(blob) != 2 * dimension for blob in blobs):
                 raise self.damage(f"a stored vector does not have {dimension} entries")
             for row, checksum, blob in chunk:
                 if checksum != zlib.crc32(blob):
@@ -325,8 +345,24 @@ def create_store(folder: Path | None, state: State) -> DocumentStore:
 
 def open_store(folder: Path, *, read_only: bool) -> DocumentStore:
     """Connect to the database in `folder`."""
-    return DocumentStore(open_database(folder, read_only=read_only), str(folder / DATABASE_NAME))
+    database = folder / DATABASE_NAME
+    connection, fixed = open_database(folder, read_only=read_only)
+    return DocumentStore(connection, str(database), database if fixed else None)
+
+
+def _last_change(file: Path) -> tuple[int, int]:
+    found = file.stat()
+    return found.st_mtime_ns, found.st_size
 
 
 def _checksum(doc_id: str, metadata: str, text: str) -> int:
     return zlib.crc32(text.encode(), zlib.crc32(metadata.encode(), zlib.crc32(doc_id.encode())))
+
+
+def _is_sound(doc_id: object, metadata: object, text: object, checksum: int) -> bool:
+    return (
+        isinstance(doc_id, str)
+        and isinstance(metadata, str)
+        and isinstance(text, str)
+        and checksum == _checksum(doc_id, metadata, text)
+    )

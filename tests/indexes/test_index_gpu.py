@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autoregembed_indexes import DocumentIndex, copies, gpu
+from autoregembed_indexes.kinds import Kind
 
 LOGGER = "autoregembed_indexes.gpu"
 
@@ -160,7 +161,7 @@ def test_results_are_those_of_the_cpu_though_the_gpu_rounds(gpus, factory, k):
 def test_only_queries_whose_nearest_the_gpu_cannot_tell_apart_are_asked_again_and_then_on_the_cpu(
     gpus, monkeypatch
 ):
-    monkeypatch.setattr(copies, "MOST_CANDIDATES", 40)
+    monkeypatch.setattr(Kind, "crowd", 40)
     apart = np.random.default_rng(0).normal(size=(100, 16))
     apart *= -np.sign(apart @ QUERIES[0])[:, None]  # away from the crowd
     on_gpu, on_cpu = pair(np.concatenate([apart, crowd(400)]))
