@@ -11,7 +11,7 @@ import json
 import os
 import struct
 import zlib
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -129,7 +129,8 @@ def write_snapshot(
             f"{path} could not be written ({error}); the database is complete without"
         ) from error
     finally:
-        beside.unlink(missing_ok=True)
+        with suppress(OSError):
+            beside.unlink()
     return read_snapshot(path)
 
 

@@ -16,7 +16,13 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from autoregembed_indexes import DocumentIndex, DocumentIndexError, IndexDamagedError, IndexLockedError
+from autoregembed_indexes import (
+    DocumentIndex,
+    DocumentIndexError,
+    IndexDamagedError,
+    IndexLockedError,
+    IndexMismatchError,
+)
 
 VECTORS = np.random.default_rng(0).normal(size=(40, 16)).astype(np.float32)
 
@@ -343,3 +349,103 @@ def test_foreign_and_newer_databases_are_refused_by_name(folder):
     connection.close()
     with pytest.raises(DocumentIndexError, match="not the database of a document index"):
         DocumentIndex.open(folder)
+
+
+ADD_ONE = """
+import sys
+from autoregembed_indexes import DocumentIndex
+with DocumentIndex.open(sys.argv[1]) as index:
+    index.add([[1.0] * 16], ["from another process"])
+"""
+
+
+def test_a_reader_sees_writers_that_come_and_go(folder):
+    with DocumentIndex.open(folder, read_only=True) as reader:
+        for count in (41, 42, 43):
+            subprocess.run([sys.executable, "-c", ADD_ONE, str(folder)], check=True)  # noqa: S603
+            assert len(reader) == len(reader.search(VECTORS[:1], k=100)[0]) == count
+
+
+def test_writes_survive_kill_though_another_program_read_the_database_meanwhile(folder):
+    code = """
+import os, subprocess, sys
+from autoregembed_indexes import DocumentIndex
+index = DocumentIndex.open(sys.argv[1])
+read = "import sqlite3, sys; c = sqlite3.connect(sys.argv[1]); c.execute('SELECT * FROM state').fetchall(); c.close()"
+subprocess.run([sys.executable, "-c", read, sys.argv[1] + "/documents.sqlite"], check=True)
+index.add([[1.0] * 16], ["acknowledged"], ["new"])
+os.kill(os.getpid(), 9)
+"""
+    subprocess.run([sys.executable, "-c", code, str(folder)], check=False)  # noqa: S603
+    with DocumentIndex.open(folder) as index:
+        assert [document.text for document in index.get(["new"])] == ["acknowledged"]
+
+
+def test_exiting_beside_a_thread_that_writes_leaves_whole_calls(tmp_path):
+    code = """
+import sys, threading, time
+import numpy as np
+from autoregembed_indexes import DocumentIndex
+index = DocumentIndex.create(sys.argv[1], dimension=16)
+write = lambda: [index.add(np.ones((1000, 16)), ["text"] * 1000) for _ in range(1000)]
+threading.Thread(target=write, daemon=True).start()
+time.sleep(float(sys.argv[2]))
+"""
+    for number, seconds in enumerate((0.1, 0.15, 0.2, 0.3)):
+        path = tmp_path / str(number)
+        subprocess.run([sys.executable, "-c", code, str(path), str(seconds)], check=False, timeout=60)  # noqa: S603
+        with DocumentIndex.open(path) as index:
+            assert len(index) % 1000 == 0 and index.verify() == []
+
+
+def test_a_reader_that_cannot_see_changes_says_so(folder, monkeypatch):
+    real_access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK and real_access(path, mode))
+    with DocumentIndex.open(folder, read_only=True) as reader:
+        assert len(reader) == 40
+        with DocumentIndex.open(folder) as writer:
+            writer.add(VECTORS, ["new"] * 40)
+            with DocumentIndex.open(folder, read_only=True) as beside_it:
+                writer.delete(["0"])
+                assert len(beside_it) == 79
+        with pytest.raises(DocumentIndexError, match="open it again"):
+            reader.search(VECTORS[:1])
+
+
+def test_a_lock_that_cannot_be_taken_is_let_go(folder, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", full)
+        with pytest.raises(DocumentIndexError, match="No space left"):
+            DocumentIndex.open(folder)
+    DocumentIndex.open(folder).close()
+
+
+def test_a_refused_opening_leaves_nothing_behind(folder, caplog):
+    for _ in range(2):
+        with pytest.raises(IndexMismatchError):
+            DocumentIndex.open(folder, dimension=3)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("change", ["tokens = 2", "factory = 'nothing'", "dimension = 0", "version = 'x'"])
+def test_damaged_settings_are_a_clear_error(folder, change):
+    with sqlite3.connect(folder / "documents.sqlite") as connection:
+        connection.execute(f"UPDATE state SET {change}")  # noqa: S608
+    connection.close()
+    with pytest.raises(IndexDamagedError, match="settings"):
+        DocumentIndex.open(folder)
+
+
+def test_settings_that_no_index_can_have_are_refused(tmp_path):
+    for settings in (
+        {"encoder": "\ud800"},
+        {"memory_budget": 2**63},
+        {"dimension": 2**63},
+        {"tokens": 2**63},
+    ):
+        with pytest.raises(ValueError, match=next(iter(settings))):
+            DocumentIndex.create(tmp_path / "other", **settings)
+    assert not (tmp_path / "other").exists()

@@ -211,3 +211,16 @@ def test_equal_vectors_rank_in_the_order_of_their_rows():
         index.add(np.ones((900, 4)), ["text"] * 900, names(range(900)))
         index.add(np.ones((2, 4)), ["new"] * 2, ["7", "3"])
         assert [hit.id for hit in index.search(np.ones((1, 4)), k=10)[0]] == names(range(10))
+
+
+def test_float16_is_exact_in_a_crowd_that_rounding_cannot_tell_apart():
+    noise = np.random.default_rng(0)
+    centre = noise.normal(size=64)
+    with DocumentIndex.create(factory="SQfp16") as index:
+        ids = index.add(centre + 0.01 * noise.normal(size=(3_000, 64)), ["text"] * 3_000)
+        queries = centre + 0.01 * noise.normal(size=(10, 64))
+        unit = queries / np.linalg.norm(queries, axis=1, keepdims=True)
+        best = -np.sort(-(unit @ index.vectors(ids).T.astype(np.float64)), axis=1)[:, :10]
+        np.testing.assert_allclose(
+            [[hit.score for hit in hits] for hits in index.search(queries)], best, atol=1e-6
+        )

@@ -227,3 +227,32 @@ def test_verify_names_a_damaged_snapshot(folder):
             file.seek(1000)
             file.write(b"damaged")
         assert index.verify() == [f"{folder / 'vectors-16.faiss'}: its vectors do not have their checksum"]
+
+
+@pytest.mark.parametrize("call", ["snapshot", "compact"])
+def test_a_damaged_snapshot_is_not_written_again_as_a_sound_one(tmp_path, call):
+    path = tmp_path / "index"
+    with DocumentIndex.create(path, factory="Flat") as index:
+        add(index, range(50))
+        index.snapshot()
+        expected = index.search(VECTORS[5:6], k=3)
+        row = index.vectors(["5"]).tobytes()
+    damaged = bytearray((path / "vectors-16.faiss").read_bytes())
+    damaged[damaged.index(row) + 7] ^= 0x80
+    (path / "vectors-16.faiss").write_bytes(damaged)
+    with DocumentIndex.open(path) as index:
+        getattr(index, call)()
+    with DocumentIndex.open(path) as index:
+        assert index.search(VECTORS[5:6], k=3) == expected
+
+
+@pytest.mark.parametrize("name", ["vectors-16.faiss", "vectors-16.faiss.new"])
+def test_a_folder_in_the_place_of_a_snapshot_is_passed_over(tmp_path, name):
+    with DocumentIndex.create(tmp_path / "index") as index:
+        add(index, range(20))
+    (tmp_path / "index" / name).mkdir()
+    with DocumentIndex.open(tmp_path / "index") as index:
+        assert len(index.search(QUERIES, k=30)[0]) == 20
+        with pytest.raises(DocumentIndexError, match="could not be written"):
+            index.snapshot()
+        assert len(index.search(QUERIES, k=30)[0]) == 20
