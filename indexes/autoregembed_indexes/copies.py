@@ -155,12 +155,14 @@ class VectorCopy:
         while len(lines):
             fetch = min(fetch, available)
             rough, candidates = self._candidates(queries[lines], fetch, among, probes, gpu=gpu)
-            ranked = self._ranked(store, queries[lines], rough, candidates, k)
+            margin = GPU_MARGIN if gpu else self.kind.margin
+            possible = rough >= rough[:, k - 1 : k] - 2 * margin  # for the best k, if no score is off by more
+            ranked = self._ranked(store, queries[lines], rough, np.where(possible, candidates, -1), k)
             scores[lines], rows[lines] = ranked
             if self.kind.lists:
                 enough = (candidates >= 0).all(axis=1) | (probes >= self.kind.lists)
             else:
-                enough = ranked[0][:, -1] > rough[:, -1] + (GPU_MARGIN if gpu else self.kind.margin)
+                enough = ranked[0][:, -1] > rough[:, -1] + margin
                 enough |= fetch == available or (fetch >= most and not gpu)
             lines = lines[~enough]
             gpu = gpu and fetch < most

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from autoregembed_indexes.errors import DocumentIndexError, IndexDamagedError
 from autoregembed_indexes.filters import register_functions
-from autoregembed_indexes.lexical import WORDS_TABLE
+from autoregembed_indexes.lexical import WORDS_MEMORY, WORDS_TABLE
 from autoregembed_indexes.lock import has_writer
 from autoregembed_indexes.settings import State
 
@@ -162,6 +162,7 @@ def _write_schema(connection: sqlite3.Connection, state: State) -> None:
         connection.execute(statement)
     try:
         connection.execute(WORDS_TABLE.format(tokenizer=state.tokenizer.replace("'", "''")))
+        connection.execute(WORDS_MEMORY)
     except sqlite3.OperationalError as error:
         if "no such module" in str(error):
             raise describe(error, "") from error

@@ -13,6 +13,8 @@ WORDS_TABLE = (
     "CREATE VIRTUAL TABLE words USING fts5(text, content='documents', content_rowid='row', "
     "tokenize='{tokenizer}')"
 )
+# Words of so many bytes are gathered before they are written; with FTS5's own 1 MiB, much of a large add is merging.
+WORDS_MEMORY = "INSERT INTO words(words, rank) VALUES ('hashsize', 33554432)"
 
 # The combining marks that FTS5 reads as part of the word around them, so that decomposed accents do not split it.
 _ACCENTS = r"\u0300-\u0304\u0306-\u030c\u030f\u0311\u031b\u0323-\u0328\u032d\u032e\u0330\u0331"

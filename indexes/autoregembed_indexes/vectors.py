@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 Float16 = NDArray[np.float16]
 Float32 = NDArray[np.float32]
 
-CHUNK_BYTES = 16 * 2**20
+CHUNK_BYTES = 4 * 2**20
 
 
 def as_matrix(vectors: ArrayLike, name: str) -> NDArray[np.generic]:
