@@ -77,7 +77,9 @@ def verify(folder: Folder) -> None:
         raise typer.Exit(1)
     count, dimension = facts["documents"], facts["dimension"]
     vectors = f"vectors of dimension {dimension:,}" if dimension else "no vectors"
-    typer.echo(f"sound: {count:,} document{'' if count == 1 else 's'}, {vectors}, {_bytes(facts['bytes'])}")
+    typer.echo(
+        f"sound: {count:,} document{'' if count == 1 else 's'}, {vectors}, {human_bytes(facts['bytes'])}"
+    )
 
 
 @index.command()
@@ -94,7 +96,7 @@ def compact(folder: Folder) -> None:
         before = opened.info()["bytes"]
         opened.compact()
         after = opened.info()["bytes"]
-    typer.echo(f"{_bytes(before)} before, {_bytes(after)} after")
+    typer.echo(f"{human_bytes(before)} before, {human_bytes(after)} after")
 
 
 def search(
@@ -205,13 +207,13 @@ def _readable(name: str, value: Any) -> str:  # noqa: ANN401
     if value is None or value == []:
         return "-"
     if name in BYTE_COUNTS:
-        return _bytes(value)
+        return human_bytes(value)
     if isinstance(value, list):
         return ", ".join(map(str, value))
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def _bytes(count: float) -> str:
+def human_bytes(count: float) -> str:
     """12.3 MB and the like, in powers of 1,000."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from matplotlib.figure import Figure
 
-from benchmarks.report import human_bytes
+from autoregembed_rag.cli_index import human_bytes
 
 RATE = "documents/s"
 SECONDS = (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6))

@@ -81,15 +81,6 @@ def bar_chart(file: Path, title: str, groups: Sequence[str], bars: Mapping[str, 
     figure.savefig(file, dpi=150)
 
 
-def human_bytes(count: float) -> str:
-    """12.3 MB and the like, in powers of 1,000."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
-
-
 def _version(package: str) -> str | None:
     try:
         return version(package)

@@ -22,10 +22,11 @@ from typing import Annotated, Any
 import typer
 
 try:
+    from autoregembed_rag.cli_index import human_bytes
     from benchmarks.beir import BenchmarkDataError, RetrievalSet, limit_documents, load_folder, load_hub
     from benchmarks.models import Bases, Models, load_encoders
     from benchmarks.pydoc import load_pydoc
-    from benchmarks.report import bar_chart, environment, human_bytes, print_table, write_json
+    from benchmarks.report import bar_chart, environment, print_table, write_json
     from benchmarks.scoring import DEPTH, MEASURES, score_run
     from benchmarks.systems import BM25, Dense, System
 except ImportError as error:

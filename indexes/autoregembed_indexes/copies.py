@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from autoregembed_indexes.gpu import GPU_MARGIN, MOST_BURIED, MOST_FOUND, Gpus
 from autoregembed_indexes.kinds import FLOAT_MARGIN, Faiss, FaissIndex, Kind, plan, train, training_size
-from autoregembed_indexes.segment import Segment, best, dot
+from autoregembed_indexes.segment import Segment, best, dot, locate
 from autoregembed_indexes.settings import State
 from autoregembed_indexes.snapshot import Snapshot, SnapshotError, read_snapshot, write_snapshot
 from autoregembed_indexes.store import DocumentStore, Rows
@@ -379,9 +379,7 @@ class VectorCopy:
 
 def _holds(lists: Rows, rows: Rows) -> NDArray[np.bool_]:
     """Tell which of the ascending `rows` [m] each of the `lists` [n, any] holds: [n, m]."""
-    places = np.searchsorted(rows, lists)
-    places[places == len(rows)] = 0
-    here = rows[places] == lists
+    places, here = locate(rows, lists)
     held = np.zeros((len(lists), len(rows)), dtype=bool)
     held[np.nonzero(here)[0], places[here]] = True
     return held

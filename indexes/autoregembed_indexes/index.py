@@ -237,8 +237,7 @@ class DocumentIndex(SearchableIndex):
 
         Reads the whole database: SQLite's own structures, each checksum, the words, the snapshot's checksums, and
         whether a sample of documents is found by its own vectors. The words are checked only where the index is open
-        for writing. A damaged snapshot is rebuilt at the next opening;
-        a damaged database needs a copy.
+        for writing. A damaged snapshot is rebuilt at the next opening; a damaged database needs a copy.
         """
         try:
             with self._session() as state:

@@ -79,20 +79,13 @@ class Kind:
 EXACT = Kind("SQfp16")
 
 
-def prepare(faiss: Faiss, index: FaissIndex) -> FaissIndex:
-    """Set what FAISS leaves at a slow default."""
-    if isinstance(index, faiss.IndexIVFRaBitQ):
-        index.qb = 8  # 0, the default, compares with the query in float32, some hundred times slower
-    return index
-
-
 def search_parameters(faiss: Faiss, kind: Kind, selector: FaissIndex | None, probes: int) -> FaissIndex:
     """Make FAISS' parameters for one search; `selector` is a FAISS selector of positions, or None."""
     if not kind.lists:
         return faiss.SearchParameters(sel=selector)
     if kind.code.startswith("RaBitQ"):
         parameters = faiss.IVFRaBitQSearchParameters(sel=selector, nprobe=probes)
-        parameters.qb = 8
+        parameters.qb = 8  # 0, the default, compares with the query in float32, some hundred times slower
         return parameters
     return faiss.SearchParametersIVF(sel=selector, nprobe=probes)
 
@@ -149,4 +142,4 @@ def train(faiss: Faiss, kind: Kind, sample: Float32) -> FaissIndex:
     if kind.lists:
         index.train(sample)
     index.is_trained = True  # float16 codes have nothing to learn
-    return prepare(faiss, index)
+    return index

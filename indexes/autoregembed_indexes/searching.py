@@ -392,6 +392,7 @@ def _hit(document: tuple[str, str, str], score: float) -> Hit:
 
 
 def id_list(ids: Sequence[str]) -> list[str]:
+    """Check a list of ids, and copy it."""
     if isinstance(ids, str):
         raise TypeError("ids must be a list of ids, got str")
     wanted = list(ids)

@@ -153,14 +153,19 @@ class Segment:
         """Mark the positions of ascending `rows`."""
         if self._ascending and len(rows) < len(self.rows):
             marked = np.zeros(len(self.rows), dtype=bool)
-            places = np.searchsorted(self.rows, rows)
-            places[places == len(self.rows)] = 0
-            if len(self.rows):
-                marked[places[self.rows[places] == rows]] = True
+            places, there = locate(self.rows, rows)
+            marked[places[there]] = True
             return marked
-        places = np.searchsorted(rows, self.rows)
-        places[places == len(rows)] = 0
-        return rows[places] == self.rows if len(rows) else np.zeros(len(self.rows), dtype=bool)
+        return locate(rows, self.rows)[1]
+
+
+def locate(rows: Rows, wanted: Rows) -> tuple[NDArray[np.intp], NDArray[np.bool_]]:
+    """Find each of `wanted` [any shape] in ascending `rows`: at which place, and whether it is there at all."""
+    if len(rows) == 0:
+        return np.zeros(wanted.shape, dtype=np.intp), np.zeros(wanted.shape, dtype=bool)
+    places = np.searchsorted(rows, wanted)
+    places[places == len(rows)] = 0
+    return places, rows[places] == wanted
 
 
 def dot(vectors: NDArray[np.floating[Any]], query: Float32) -> Float32:

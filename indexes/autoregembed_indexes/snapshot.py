@@ -20,7 +20,7 @@ import numpy as np
 
 from autoregembed_indexes.database import sync_folder
 from autoregembed_indexes.errors import DocumentIndexError
-from autoregembed_indexes.kinds import Faiss, FaissIndex, Kind, check_factory, prepare
+from autoregembed_indexes.kinds import Faiss, FaissIndex, Kind, check_factory
 from autoregembed_indexes.store import Rows
 
 MAGIC = b"AREVEC01"
@@ -68,13 +68,13 @@ class Snapshot:
         if (index.ntotal, index.d) != (self.count, self.width):
             raise SnapshotError(f"{self.path}: it holds {index.ntotal} vectors, not {self.count}")
         rows: Rows = np.memmap(self.file, "<i8", "r", self.rows.offset, (self.count,))
-        return prepare(faiss, index), rows
+        return index, rows
 
     def read_template(self, faiss: Faiss) -> FaissIndex:
         """Read the trained, empty index into memory, to be added to."""
         self.file.seek(self.template.offset)
         buffer = np.frombuffer(self.file.read(self.template.length), dtype=np.uint8)
-        return prepare(faiss, faiss.deserialize_index(buffer))
+        return faiss.deserialize_index(buffer)
 
     def check(self, *parts: str) -> None:
         """Compare checksums, of the whole file where no part is named; SnapshotError names what differs."""

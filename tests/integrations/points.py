@@ -5,6 +5,8 @@ import math
 from llama_index.core.schema import TextNode
 from llama_index.core.vector_stores.types import MetadataFilter, MetadataFilters, VectorStoreQuery
 
+from llama_index.vector_stores.autoregembed import AutoRegVectorStore
+
 
 def point(degrees, name=None, **fields):
     angle = math.radians(degrees)
@@ -14,6 +16,14 @@ def point(degrees, name=None, **fields):
         embedding=[math.cos(angle), math.sin(angle)],
         **fields,
     )
+
+
+def store_of_three():
+    store = AutoRegVectorStore()
+    store.add(
+        [point(0, metadata={"a": 1}), point(10, metadata={"a": 2}), point(90, metadata={"a": 1, "b": "x"})]
+    )
+    return store
 
 
 def equal(**pairs):

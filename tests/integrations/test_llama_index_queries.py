@@ -14,7 +14,7 @@ from llama_index.core.vector_stores.types import (
     VectorStoreQueryMode,
 )
 from llama_index.core.vector_stores.utils import build_metadata_filter_fn
-from points import ask, equal, point, where
+from points import ask, equal, point, store_of_three, where
 
 from autoregembed_indexes import IndexMismatchError
 from llama_index.embeddings.autoregembed import AutoRegEmbedding
@@ -25,11 +25,7 @@ SUPPORTED_MODES = ("default", "text_search", "hybrid", "mmr")
 
 @pytest.fixture
 def store():
-    store = AutoRegVectorStore()
-    store.add(
-        [point(0, metadata={"a": 1}), point(10, metadata={"a": 2}), point(90, metadata={"a": 1, "b": "x"})]
-    )
-    return store
+    return store_of_three()
 
 
 def test_filters_by_equality(store):

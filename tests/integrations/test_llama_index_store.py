@@ -19,7 +19,7 @@ from llama_index.core.vector_stores.types import (
     VectorStoreQuery,
     VectorStoreQueryMode,
 )
-from points import ask, equal, point
+from points import ask, equal, point, store_of_three
 
 from autoregembed_indexes import DocumentIndex, DocumentIndexError, IndexMismatchError
 from llama_index.embeddings.autoregembed import AutoRegEmbedding
@@ -36,11 +36,7 @@ def embedding(encoder):
 
 @pytest.fixture
 def store():
-    store = AutoRegVectorStore()
-    store.add(
-        [point(0, metadata={"a": 1}), point(10, metadata={"a": 2}), point(90, metadata={"a": 1, "b": "x"})]
-    )
-    return store
+    return store_of_three()
 
 
 def test_a_query_engine_reads_from_the_store_alone(embedding, tmp_path):
