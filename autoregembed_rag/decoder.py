@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -14,27 +15,35 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from .chunked import by_chunks
 from .config import CONFIG_NAME, AutoRegConfig
+from .fingerprint import weights_digest
 from .loading import embedding_table, load_model, model_arguments, resolve_folder
-from .prompt import TextTokenizer, check_texts, pad_right
+from .losses import wide
+from .prompt import TextTokenizer, check_texts, length_groups, pad_right
 
 logger = logging.getLogger(__name__)
 
-# Target tokens whose logits exist at once: 1024 rows of a 32,000-word vocabulary are 131 MB in float32.
-LOGIT_ROWS = 1024
 # Positions that targets leave free for compressed vectors in a model with few of them.
 COMPRESSED_ROOM = 32
+# Tokens of a group whose activations exist at once where they are computed again rather than kept.
+RECOMPUTED_TOKENS = 2048
 
 
-class TargetLogProbs(NamedTuple):
-    """log p of every target token, in float32: `values` [m] and the row each belongs to, `rows` [m]."""
+class TokenValues(NamedTuple):
+    """One value for every target token, in the order of the targets: `values` [m], float32 or wider, and the target
+    that each belongs to, `rows` [m]."""
 
     values: Tensor
     rows: Tensor
 
     def summed(self, n: int) -> Tensor:
-        """Summed over each of the n targets' tokens: float32 [n]."""
-        return torch.zeros(n, device=self.values.device).index_add(0, self.rows, self.values)
+        """The sum over each of the n targets' tokens: [n]."""
+        return self.values.new_zeros(n).index_add(0, self.rows, self.values)
+
+    def mean(self, n: int) -> Tensor:
+        """The mean over each of the n targets' tokens: [n]."""
+        return self.summed(n) / torch.bincount(self.rows, minlength=n)
 
 
 class FrozenDecoder(torch.nn.Module):
@@ -44,11 +53,25 @@ class FrozenDecoder(torch.nn.Module):
     """
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, max_target_tokens: int = 512
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_target_tokens: int = 512,
+        frozen: Callable[[], AbstractContextManager[None]] | None = None,
     ) -> None:
-        """Freeze `model`; targets longer than `max_target_tokens`, or than the model's positions less 32, are cut
-        and then have no `<eos>`."""
+        """Freeze `model`.
+
+        Args:
+            model: a causal language model.
+            tokenizer: its tokenizer.
+            max_target_tokens: targets longer than this, or than the model's positions less 32, are cut and then
+                have no `<eos>`.
+            frozen: entered around every pass through `model`, which is frozen inside it alone: for weights that an
+                encoder trains an adapter on. None: `model` is frozen here, for good.
+        """
         super().__init__()
+        self.training = False
         if tokenizer.eos_token_id is None:
             raise ValueError(
                 f"{type(tokenizer).__name__} has no eos token, which ends every target: set tokenizer.eos_token"
@@ -60,8 +83,11 @@ class FrozenDecoder(torch.nn.Module):
             raise ValueError(
                 f"max_target_tokens must be at least 1, not {max_target_tokens} (the model has {longest} positions)"
             )
-        self.model = model.requires_grad_(False)
-        self.model.train(False)
+        self.model = model
+        if frozen is None:
+            self.model.requires_grad_(False).train(False)
+        self.frozen = frozen or nullcontext
+        self._fingerprint: str | None = None
         self.tokenizer = tokenizer
         self.max_target_tokens = max_target_tokens
         self._text = TextTokenizer(tokenizer)
@@ -91,13 +117,20 @@ class FrozenDecoder(torch.nn.Module):
         return cls(lm.to(place), tokenizer, max_target_tokens=max_target_tokens)  # type: ignore[arg-type]
 
     def train(self, mode: bool = True) -> FrozenDecoder:  # noqa: ARG002
-        """Stays in eval mode."""
-        return super().train(False)
+        """Changes nothing: the decoder is always in eval mode."""
+        return self
 
     @property
     def hidden_size(self) -> int:
         """Dimensions of one input embedding, and so of one compressed vector."""
         return embedding_table(self.model).shape[1]
+
+    @property
+    def fingerprint(self) -> str:
+        """Names the weights, in the precision they are in: 16 hexadecimal digits."""
+        if self._fingerprint is None:
+            self._fingerprint = weights_digest(self.model)[:16]
+        return self._fingerprint
 
     def target_ids(self, targets: Sequence[str]) -> list[list[int]]:
         """Token ids of each target with `<eos>`, cut to `max_target_tokens` (then without)."""
@@ -108,38 +141,80 @@ class FrozenDecoder(torch.nn.Module):
     def _eos(self) -> int:
         return int(self.tokenizer.eos_token_id)
 
-    def token_log_probs(self, compressed: Tensor, targets: Sequence[Sequence[int]]) -> TargetLogProbs:
+    def token_log_probs(
+        self, compressed: Tensor, targets: Sequence[Sequence[int]], *, recompute: bool = False
+    ) -> TokenValues:
         """log p(d_t | d_<t, e) for every token of every target; gradients flow into `compressed`.
 
         Args:
             compressed: e_c, [n, k, hidden].
             targets: token ids of n targets, none empty.
+            recompute: compute activations again in the backward pass rather than keep them.
         """
-        k = compressed.shape[1]
-        ids, lengths = (tensor.to(compressed.device) for tensor in pad_right(targets))
-        table = self.model.get_input_embeddings()
-        # The last token of a target is predicted, never read.
-        embedded = torch.cat([compressed.to(embedding_table(self.model).dtype), table(ids[:, :-1])], dim=1)
-        hidden = self.model.base_model(inputs_embeds=embedded, use_cache=False).last_hidden_state[:, k - 1 :]
-        real = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
-        values = self._score(hidden[real], ids[real])
-        return TargetLogProbs(values, real.nonzero()[:, 0])
+        hidden, ids, rows = self._hidden_states(compressed, targets, recompute)
 
-    def _score(self, hidden: Tensor, ids: Tensor) -> Tensor:
-        """log p of `ids` [m] from `hidden` [m, hidden], a bounded number of logits at a time."""
-        pieces = []
-        for states, targets in zip(
-            torch.split(hidden, LOGIT_ROWS), torch.split(ids, LOGIT_ROWS), strict=True
-        ):
-            if torch.is_grad_enabled() and states.requires_grad:
-                # Logits are computed again in the backward pass rather than kept.
-                pieces.append(checkpoint(self._score_piece, states, targets, use_reentrant=False))
+        def log_probs(part: slice, states: Tensor) -> Tensor:
+            return -F.cross_entropy(wide(self._logits(states)), ids[part], reduction="none")
+
+        return TokenValues(by_chunks(log_probs, hidden), rows)
+
+    def token_divergences(
+        self,
+        first: Tensor,
+        second: Tensor,
+        targets: Sequence[Sequence[int]],
+        divergence: Callable[[Tensor, Tensor], Tensor],
+        *,
+        recompute: bool = False,
+    ) -> TokenValues:
+        """A divergence between p(. | d_<t, first) and p(. | d_<t, second) before every token of every target.
+
+        Args:
+            first: e_c of n texts, [n, k, hidden]; gradients flow into it and into `second`.
+            second: as many others.
+            targets: token ids of n targets, none empty.
+            divergence: log-probabilities [m, vocabulary] twice -> [m].
+            recompute: as in `token_log_probs`.
+        """
+        hidden, _, rows = self._hidden_states(torch.cat([first, second]), [*targets, *targets], recompute)
+
+        def divergences(_: slice, one: Tensor, other: Tensor) -> Tensor:
+            log_p, log_q = (F.log_softmax(wide(self._logits(states)), dim=-1) for states in (one, other))
+            return divergence(log_p, log_q)
+
+        half = len(hidden) // 2
+        return TokenValues(by_chunks(divergences, hidden[:half], hidden[half:]), rows[:half])
+
+    def _hidden_states(
+        self, compressed: Tensor, targets: Sequence[Sequence[int]], recompute: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The states from which each target token is predicted [m, hidden], the tokens [m], their targets [m]."""
+        lengths = [len(target) for target in targets]
+        hidden, ids, rows = [], [], []
+        for group in length_groups(lengths, most=RECOMPUTED_TOKENS if recompute else None):
+            tokens, counts = (t.to(compressed.device) for t in pad_right([targets[i] for i in group]))
+            real = torch.arange(tokens.shape[1], device=tokens.device) < counts[:, None]
+            states = compressed[group]
+            if recompute:
+                states = checkpoint(self._forward, states, tokens, use_reentrant=False)
             else:
-                pieces.append(self._score_piece(states, targets))
-        return torch.cat(pieces)
+                states = self._forward(states, tokens)
+            hidden.append(states[real])
+            ids.append(tokens[real])
+            rows.append(torch.tensor(group, device=tokens.device)[real.nonzero()[:, 0]])
+        belongs = torch.cat(rows)
+        order = belongs.argsort(stable=True)
+        return torch.cat(hidden)[order], torch.cat(ids)[order], belongs[order]
 
-    def _score_piece(self, hidden: Tensor, ids: Tensor) -> Tensor:
-        return -F.cross_entropy(self._logits(hidden).float(), ids, reduction="none")
+    def _forward(self, compressed: Tensor, ids: Tensor) -> Tensor:
+        """[n, k, hidden] and [n, longest] -> the states that predict each of `ids`, [n, longest, hidden]."""
+        k = compressed.shape[1]
+        with self.frozen():
+            table = self.model.get_input_embeddings()
+            # The last token of a target is predicted, never read.
+            read = torch.cat([compressed.to(embedding_table(self.model).dtype), table(ids[:, :-1])], dim=1)
+            hidden: Tensor = self.model.base_model(inputs_embeds=read, use_cache=False).last_hidden_state
+            return hidden[:, k - 1 :]
 
     def _logits(self, hidden: Tensor) -> Tensor:
         head = self.model.get_output_embeddings()  # type: ignore[no-untyped-call]
@@ -199,17 +274,18 @@ class FrozenDecoder(torch.nn.Module):
             return []
         embedded = states.to(embedding_table(self.model).dtype)
         pad = self.tokenizer.pad_token_id
-        ids = self.model.generate(  # type: ignore[operator]
-            inputs_embeds=embedded,
-            attention_mask=torch.ones(embedded.shape[:2], dtype=torch.long, device=embedded.device),
-            **{
-                "max_new_tokens": max_new_tokens,
-                "do_sample": False,
-                "eos_token_id": self.tokenizer.eos_token_id,
-                "pad_token_id": self.tokenizer.eos_token_id if pad is None else pad,
-                **arguments,
-            },
-        )
+        settings = {
+            "max_new_tokens": max_new_tokens,
+            "do_sample": False,
+            "eos_token_id": self.tokenizer.eos_token_id,
+            "pad_token_id": self.tokenizer.eos_token_id if pad is None else pad,
+            **arguments,
+        }
+        mask = torch.ones(embedded.shape[:2], dtype=torch.long, device=embedded.device)
+        with self.frozen():
+            ids = self.model.generate(  # type: ignore[operator]
+                inputs_embeds=embedded, attention_mask=mask, **settings
+            )
         return [str(text) for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
     def _states(self, compressed: np.ndarray | Tensor) -> Tensor:
@@ -225,8 +301,9 @@ class FrozenDecoder(torch.nn.Module):
     def _check_head(self) -> None:
         """Scores are taken from the head alone; a model that changes its logits afterwards would be misread."""
         ids = torch.tensor([[0, 1]], device=self.model.device)
-        expected = self.model(input_ids=ids, use_cache=False).logits.float()
-        hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        with self.frozen():
+            expected = self.model(input_ids=ids, use_cache=False).logits.float()
+            hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
         found = self._logits(hidden).float()
         if not torch.allclose(found, expected, rtol=1e-2, atol=1e-2):
             raise ValueError(

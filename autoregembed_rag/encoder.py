@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import math
 import os
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, overload
@@ -17,29 +13,30 @@ from typing import Any, overload
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from .config import CONFIG_NAME, AutoRegConfig, Pooling, recorded_config
+from .config import AutoRegConfig, Pooling
+from .fingerprint import encoder_fingerprint
 from .loading import (
-    WEIGHTS,
-    add_rows,
+    add_embed_tokens,
     check_causal,
     embedding_table,
+    initial_rows,
     load_model,
     model_arguments,
     resolve_folder,
+    untrained_config,
 )
-from .prompt import PromptBuilder, check_texts, embed_tokens, pad_right
+from .prompt import PromptBuilder, check_texts, pad_right
+from .weights import checkpoint_config, grow_table, is_adapted, load_body, read_weights, write_checkpoint
 
 logger = logging.getLogger(__name__)
 
 # Texts tokenised and sorted by length at once: enough to fill batches evenly, small against any corpus.
 CHUNK = 2048
 BATCH_SIZE = 32
-PROBE = "Fingerprint probe: Ünïcode, 12345 numbers,\n\ttabs and  spaces; don't they differ? <EMBED0> 你好 🙂"
 
 
 def compressed_states(model: PreTrainedModel, ids: Tensor, lengths: Tensor, k: int) -> Tensor:
@@ -155,11 +152,11 @@ class AutoRegEncoder:
         changes = {name: value for name, value in changes.items() if value is not None}
         folder = resolve_folder(model)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        config = replace(recorded_config(folder, tokenizer.get_vocab()), **changes)  # type: ignore[arg-type]
+        recorded = checkpoint_config(folder, tokenizer.get_vocab())
+        config = replace(recorded, **changes)  # type: ignore[arg-type]
         place, arguments = model_arguments(device, dtype, attn_implementation, trust_remote_code)
-        body = load_model(AutoModel, folder, arguments)
         return cls(
-            body.to(place),  # type: ignore[arg-type]
+            load_body(folder, place, arguments),
             tokenizer,
             config,
             num_tokens=num_tokens,
@@ -188,22 +185,18 @@ class AutoRegEncoder:
     ) -> AutoRegEncoder:
         """An untrained encoder from a base language model: its body plus k new tokens `<EMBEDi>`.
 
-        The new rows start at the mean of the embedding table, each moved a little in a direction of its own
-        (fixed seed), so that they differ and are at a scale that the model knows. `base` becomes the decoder.
+        The new rows start as `loading.initial_rows` says; `base` becomes the decoder.
         """
         folder = resolve_folder(base)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        names = embed_tokens(num_compressed_tokens)
-        tokenizer.add_special_tokens({"additional_special_tokens": names}, False)  # beside, not instead of
+        ids = add_embed_tokens(tokenizer, num_compressed_tokens)
         place, arguments = model_arguments(device, dtype, attn_implementation, trust_remote_code)
         body = load_model(AutoModel, folder, arguments)
-        ids = [tokenizer.get_vocab()[name] for name in names]
-        add_rows(body, ids, known=len(tokenizer) - len(ids))
-        decoder = str(folder.resolve()) if Path(base).is_dir() else str(base)
-        longest = getattr(body.config, "max_position_embeddings", None) or max_length
-        config = AutoRegConfig(
-            num_compressed_tokens=num_compressed_tokens, max_length=min(max_length, longest), decoder=decoder
-        )
+        rows = initial_rows(embedding_table(body)[: len(tokenizer) - len(ids)], len(ids))
+        grow_table(body, 1 + max(ids))  # the ids decide, not len(tokenizer): a vocabulary may have holes
+        with torch.no_grad():
+            embedding_table(body)[ids] = rows
+        config = untrained_config(base, folder, body, num_compressed_tokens, max_length)
         return cls(body.to(place), tokenizer, config)  # type: ignore[arg-type]
 
     @property
@@ -241,37 +234,21 @@ class AutoRegEncoder:
         """Names everything that decides an embedding's meaning: weights, tokenizer, instructions, k, pooling,
         max_length. Not the device, dtype or attention it runs with, nor `num_tokens`, which only truncates."""
         if self._fingerprint is None:
-            digest = hashlib.sha256()
-            for name, tensor in self._stored_weights():
-                digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-                digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
-            settings = {
-                "vocabulary": sorted(self.tokenizer.get_vocab().items()),
-                "probe": self.prompts.build([PROBE], self.config.query_instruction).ids
-                + self.prompts.build([PROBE], self.config.document_instruction).ids,
-                "pooling": self.config.pooling,
-                "max_length": self.config.max_length,
-                "query_instruction": self.config.query_instruction,
-                "document_instruction": self.config.document_instruction,
-            }
-            digest.update(json.dumps(settings, sort_keys=True).encode())
-            self._fingerprint = digest.hexdigest()[:16]
+            weights = self._source or self.model
+            vocabulary = self.tokenizer.get_vocab()
+            self._fingerprint = encoder_fingerprint(weights, vocabulary, self.prompts, self.config)
         return self._fingerprint
 
-    def _stored_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """The weights as saved, not as rounded to the dtype they run in; those in memory if never saved."""
-        if self._source is None:
-            yield from sorted((name, tensor.cpu()) for name, tensor in self.model.state_dict().items())
-            return
-        with ExitStack() as stack:
-            shards = [stack.enter_context(safe_open(f, framework="pt")) for f in self._source.glob(WEIGHTS)]
-            homes = {name: shard for shard in shards for name in shard.keys()}  # noqa: SIM118
-            for name in sorted(homes):  # however the weights are spread over files
-                yield name, homes[name].get_tensor(name)
+    @property
+    def has_adapter(self) -> bool:
+        """Is the model a LoRA adapter around base weights, as `training.lora.lora_pair` makes it? An adapter that
+        `from_pretrained` loads is merged, and is none."""
+        return is_adapted(self.model)
 
     def trainable(self) -> PreTrainedModel:
-        """The body, whose weights the caller is about to change: from here on the fingerprint is taken from
-        memory, and the encoder no longer pickles until it is saved and loaded again."""
+        """The body (of an encoder with an adapter, the peft model), whose weights the caller is about to change: from
+        here on the fingerprint is taken from memory, and the encoder no longer pickles until it is saved and loaded
+        again."""
         self._source = None
         self._fingerprint = None
         return self.model
@@ -372,20 +349,30 @@ class AutoRegEncoder:
         known = {"next": self.config.query_instruction, "self": self.config.document_instruction}
         return known.get(name, name)
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write a Hugging Face model folder plus `autoregembed.json`; each file appears whole or not at all."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as beside:
-            self.model.save_pretrained(beside)
-            self.tokenizer.save_pretrained(beside)
-            self.config.relative_to(folder).save(beside)
-            written = sorted(Path(beside).iterdir(), key=lambda file: file.name == CONFIG_NAME)
-            for file in written:
-                file.replace(folder / file.name)
-        # Weights that an earlier save spread over other files would be read before, or hashed with, these.
-        for stale in {*folder.glob(f"{WEIGHTS}*")} - {folder / file.name for file in written}:
-            stale.unlink()
+    def save_pretrained(self, folder: str | Path, *, state_dict: Mapping[str, Tensor] | None = None) -> None:
+        """Write a Hugging Face model folder plus `autoregembed.json`; each file appears whole or not at all.
+
+        An encoder with an adapter writes that alone, in peft's format; `from_pretrained(folder)` merges it into the
+        base, and saving the result writes a whole model.
+
+        Args:
+            folder: made if missing; weights of an earlier save are replaced.
+            state_dict: weights to write instead of the live ones, named as in `model.state_dict()`.
+
+        Raises:
+            ValueError: `folder` is the decoder, which would be lost.
+        """
+        write_checkpoint(Path(folder), self.model, self.tokenizer, self.config, state_dict)
+
+    def load_weights(self, folder: str | Path) -> None:
+        """Put the weights that `save_pretrained` wrote to `folder` into the live model, on its device: those of the
+        whole model, or of the adapter. Nothing is rounded: a dtype that is too narrow for them gives way to theirs.
+
+        Raises:
+            FileNotFoundError: `folder` holds no weights of this kind.
+            ValueError: they differ from the model's in name or shape.
+        """
+        read_weights(self.trainable(), Path(folder))
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self._source is None:

@@ -10,11 +10,17 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .config import AutoRegConfig
+from .prompt import embed_tokens
 
 BUNDLED = Path(__file__).parent / "checkpoints"
 # What transformers reads; other files of the kind (adapters, another format's copy) are none of our weights.
 WEIGHTS = "model*.safetensors"
+# peft's names, for a checkpoint that holds an adapter and needs its base model.
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 def resolve_folder(model: str | Path) -> Path:
@@ -25,7 +31,7 @@ def resolve_folder(model: str | Path) -> Path:
     bundled = sorted(file.parent.name for file in BUNDLED.glob("*/config.json"))
     if isinstance(model, str) and model in bundled:
         return BUNDLED / model
-    if Path(model, "config.json").is_file():
+    if any(Path(model, name).is_file() for name in ("config.json", ADAPTER_CONFIG)):
         return Path(model)
     remedy = (
         f"{str(model)!r} is not a model that can be loaded. "
@@ -36,11 +42,8 @@ def resolve_folder(model: str | Path) -> Path:
     if Path(model).exists() or str(model).count("/") != 1:
         raise FileNotFoundError(remedy)
     try:
-        return Path(
-            snapshot_download(
-                str(model), allow_patterns=["*.json", WEIGHTS, f"*/{WEIGHTS}", "*.model", "*.txt", "*.py"]
-            )
-        )
+        patterns = ["*.json", WEIGHTS, f"*/{WEIGHTS}", ADAPTER_WEIGHTS, "*.model", "*.txt", "*.py"]
+        return Path(snapshot_download(str(model), allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise FileNotFoundError(f"{remedy} (the hub said: {type(error).__name__})") from error
 
@@ -109,6 +112,11 @@ def load_model(
     FileNotFoundError: no safetensors. ValueError: some weights are missing, which transformers would draw at
     random.
     """
+    if (folder / ADAPTER_CONFIG).is_file():
+        raise FileNotFoundError(
+            f"{folder} holds an adapter, not a whole model: AutoRegEncoder.from_pretrained({str(folder)!r}) merges it "
+            "into its base, and save_pretrained writes the whole"
+        )
     if not any(folder.glob(WEIGHTS)):
         raise FileNotFoundError(
             f"{folder} has no {WEIGHTS} (pickled weights are not read): load it where you trust it and call "
@@ -124,24 +132,39 @@ def load_model(
 
 
 def embedding_table(model: PreTrainedModel) -> Tensor:
-    """The input embeddings, [vocabulary, hidden], of any architecture."""
-    return cast(Tensor, model.get_input_embeddings().weight)
+    """The input embeddings, [vocabulary, hidden], of any architecture; an adapter's own rows are not in it."""
+    module = model.get_input_embeddings()
+    # peft's wrapper makes a whole new table, with its rows put in, at every look at `weight`.
+    return cast(Tensor, getattr(module, "original_module", module).weight)
+
+
+def add_embed_tokens(tokenizer: PreTrainedTokenizerBase, k: int) -> list[int]:
+    """Add `<EMBED0>` ... `<EMBEDk-1>` to a base model's tokenizer, beside its other special tokens; their ids."""
+    names = embed_tokens(k)
+    tokenizer.add_special_tokens({"additional_special_tokens": names}, False)
+    return [tokenizer.get_vocab()[name] for name in names]
 
 
 @torch.no_grad()
-def add_rows(body: PreTrainedModel, ids: list[int], *, known: int) -> None:
-    """Start the embeddings of new tokens at the mean of the first `known` rows, each moved a little in a direction
-    of its own (fixed seed); the table grows if it must."""
-    table = embedding_table(body)
-    mean = table[:known].float().mean(dim=0)
-    spread = table[:known].float().std(dim=0)
-    # The ids decide, not len(tokenizer): a vocabulary may have holes.
-    if max(ids) >= len(table):
-        body.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
-        table = embedding_table(body)
-    noise = torch.randn(len(ids), len(mean), generator=torch.Generator().manual_seed(0))
-    rows = mean + spread * noise.to(mean.device)
-    table[ids] = rows.to(table.dtype)
+def initial_rows(table: Tensor, count: int) -> Tensor:
+    """Embeddings for `count` new tokens, in the table's dtype: the mean of its rows, each moved a little in a
+    direction of its own (fixed seed), so that they differ and are at a scale that the model knows."""
+    mean = table.float().mean(dim=0)
+    spread = table.float().std(dim=0)
+    noise = torch.randn(count, len(mean), generator=torch.Generator().manual_seed(0))
+    return (mean + spread * noise.to(mean.device)).to(table.dtype)
+
+
+def untrained_config(
+    base: str | Path, folder: Path, model: PreTrainedModel, k: int, max_length: int
+) -> AutoRegConfig:
+    """The settings of an encoder made from the model `base` in `folder`, which becomes its decoder."""
+    longest = getattr(model.config, "max_position_embeddings", None) or max_length
+    return AutoRegConfig(
+        num_compressed_tokens=k,
+        max_length=min(max_length, longest),
+        decoder=str(folder.resolve()) if Path(base).is_dir() else str(base),
+    )
 
 
 @torch.inference_mode()

@@ -5,6 +5,7 @@ Everything here is computed in float32 or wider, whatever comes in.
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -12,24 +13,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Similarity = Literal["sigmoid", "log_sigmoid"]
+Divergence = Literal["kl", "js"]
+Reduction = Literal["mean", "none"]
 
 _SIGMA = {"sigmoid": torch.sigmoid, "log_sigmoid": F.logsigmoid}
 
 
-def information_compression_loss(token_log_probs: Tensor, num_tokens: int | Tensor | None = None) -> Tensor:
+def information_compression_loss(token_log_probs: Tensor, *, reduction: Reduction = "mean") -> Tensor:
     """L_IC (section 3.2): minus the mean of log p(d_t | d_<t, e) over all target tokens.
 
     Args:
         token_log_probs: one log-probability per target token, any shape, no padding among them.
-        num_tokens: what to divide by instead of their number, e.g. the tokens of all accumulated batches.
+        reduction: "mean" over the tokens, or "none" for each token's own part.
 
     Returns:
-        A scalar. ValueError if there is no token.
+        A scalar, or the shape of `token_log_probs`. ValueError if there is no token.
     """
     if token_log_probs.numel() == 0:
         raise ValueError("no target tokens: every target must have at least one token")
-    total = -_wide(token_log_probs).sum()
-    return total / (token_log_probs.numel() if num_tokens is None else num_tokens)
+    return _reduced(-wide(token_log_probs), reduction)
 
 
 def conditional_distribution_alignment_loss(
@@ -42,6 +44,7 @@ def conditional_distribution_alignment_loss(
     beta: float = 0.1,
     temperature: float = 0.1,
     similarity: Similarity = "sigmoid",
+    reduction: Reduction = "mean",
 ) -> Tensor:
     """L_CDA (equation 2): one softmax over the positive and the N negatives of every query.
 
@@ -61,25 +64,26 @@ def conditional_distribution_alignment_loss(
         beta: scale of differences of log-probabilities.
         temperature: tau.
         similarity: "sigmoid" (equation 2) or "log_sigmoid" (appendix B).
+        reduction: "mean" over the batch, or "none" for every query's own loss.
 
     Returns:
-        The mean over the batch, a scalar.
+        A scalar, or [B].
     """
     if similarity not in _SIGMA:
         raise ValueError(f"similarity must be one of {', '.join(_SIGMA)}, not {similarity!r}")
     batch, negatives = query_neg.shape
     _check_shapes({"query_pos": query_pos, "self_pos": self_pos, "ref_pos": ref_pos}, (batch,))
     _check_shapes({"ref_neg": ref_neg}, (batch, negatives))
-    query_pos, self_pos, query_neg = _wide(query_pos), _wide(self_pos), _wide(query_neg)
-    ref_pos, ref_neg = _wide(ref_pos), _wide(ref_neg)
+    query_pos, self_pos, query_neg = wide(query_pos), wide(self_pos), wide(query_neg)
+    ref_pos, ref_neg = wide(ref_pos), wide(ref_neg)
     sigma = _SIGMA[similarity]
     s1 = -sigma(beta * (query_pos - self_pos).abs())
     s2 = -sigma(beta * (query_pos - ref_pos)[:, None] - beta * (query_neg - ref_neg))
-    return _contrast(s1, s2, temperature)
+    return _reduced(_contrast(s1, s2, temperature), reduction)
 
 
 def divergence_alignment_loss(
-    pos_divergence: Tensor, neg_divergence: Tensor, *, temperature: float = 0.1
+    pos_divergence: Tensor, neg_divergence: Tensor, *, temperature: float = 0.1, reduction: Reduction = "mean"
 ) -> Tensor:
     """L_CDA with a divergence between whole next-token distributions (KL and JS of appendix B).
 
@@ -92,23 +96,44 @@ def divergence_alignment_loss(
         pos_divergence: D for d+, shape [B].
         neg_divergence: D for each d_i-, shape [B, N].
         temperature: tau.
+        reduction: "mean" over the batch, or "none" for every query's own loss.
 
     Returns:
-        The mean over the batch, a scalar.
+        A scalar, or [B].
     """
     _check_shapes({"pos_divergence": pos_divergence}, (neg_divergence.shape[0],))
-    return _contrast(
-        -torch.sigmoid(_wide(pos_divergence)), -torch.sigmoid(_wide(neg_divergence)), temperature
-    )
+    s1, s2 = -torch.sigmoid(wide(pos_divergence)), -torch.sigmoid(wide(neg_divergence))
+    return _reduced(_contrast(s1, s2, temperature), reduction)
+
+
+def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p || q) in nats over the last dimension: [..., vocabulary] twice -> [...]."""
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def js_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """The Jensen-Shannon divergence in nats, at most log 2, as `kl_divergence` takes and gives it."""
+    log_m = torch.logaddexp(log_p, log_q) - math.log(2)
+    return (kl_divergence(log_p, log_m) + kl_divergence(log_q, log_m)) / 2
+
+
+DIVERGENCES = {"kl": kl_divergence, "js": js_divergence}
 
 
 def _contrast(s1: Tensor, s2: Tensor, temperature: float) -> Tensor:
-    """-log softmax of the positive among 1 + N, averaged over the batch."""
+    """-log softmax of the positive among 1 + N: [B]."""
     logits = torch.cat([s1[:, None], s2], dim=1) / temperature
-    return -F.log_softmax(logits, dim=1)[:, 0].mean()
+    return -F.log_softmax(logits, dim=1)[:, 0]
 
 
-def _wide(x: Tensor) -> Tensor:
+def _reduced(losses: Tensor, reduction: Reduction) -> Tensor:
+    if reduction not in ("mean", "none"):
+        raise ValueError(f"reduction must be 'mean' or 'none', not {reduction!r}")
+    return losses.mean() if reduction == "mean" else losses
+
+
+def wide(x: Tensor) -> Tensor:
+    """`x` in float32, or in float64 where it comes so."""
     return x if x.dtype == torch.float64 else x.float()
 
 

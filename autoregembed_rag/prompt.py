@@ -120,6 +120,31 @@ def pad_right(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     return ids, lengths
 
 
+# What one more forward pass costs, in tokens of padding that it may save.
+GROUP_COST = 128
+
+
+def length_groups(lengths: Sequence[int], *, most: int | None = None) -> list[list[int]]:
+    """Rows of like length together, longest first, where that saves more padding than another pass costs.
+
+    Args:
+        lengths: tokens of each row.
+        most: tokens of a group at most, padding included, unless one row alone is longer.
+    """
+    groups: list[list[int]] = []
+    padding = 0
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if groups:
+            longest = lengths[groups[-1][0]]
+            padding += longest - lengths[i]
+            full = most is not None and longest * (len(groups[-1]) + 1) > most
+        if not groups or full or padding > GROUP_COST:
+            groups.append([])
+            padding = 0
+        groups[-1].append(i)
+    return groups
+
+
 class Prompts(NamedTuple):
     """A batch of prompts: token ids per row, and how many texts had to be cut to fit."""
 
@@ -169,6 +194,15 @@ class PromptBuilder:
         rows = self._text.encode(texts, limit=room)
         ids = [self._prefix + row[:room] + suffix for row in rows]
         return Prompts(ids, sum(len(row) > room for row in rows))
+
+    def build_each(self, texts: Sequence[tuple[str, str]]) -> list[list[int]]:
+        """Prompts for texts, each under an instruction of its own: (text, instruction) -> token ids, in their order."""
+        ids: list[list[int]] = [[] for _ in texts]
+        for instruction in dict.fromkeys(instruction for _, instruction in texts):
+            under = [i for i, (_, other) in enumerate(texts) if other == instruction]
+            for i, row in zip(under, self.build([texts[i][0] for i in under], instruction).ids, strict=True):
+                ids[i] = row
+        return ids
 
     def _suffix(self, instruction: str) -> list[int]:
         return self._text.encode([f"\n{instruction}\n"])[0] + self._compressed

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from autoregembed_rag.training.data import numbered_rows
+from autoregembed_rag.training.sources import numbered_rows
 
 HUB_SPLITS = {"msmarco": "validation"}  # its judgements for "test" are TREC DL 2019's, another task
 

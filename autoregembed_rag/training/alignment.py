@@ -1,175 +1,234 @@
-"""Stage 2, conditional distribution alignment (section 3.3, equation 2)."""
+"""Stage 2, conditional distribution alignment (section 3.3, equation 2, and the variants of appendix B)."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import random
+import shutil
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..decoder import FrozenDecoder
-from ..encoder import AutoRegEncoder, compressed_states
-from ..losses import conditional_distribution_alignment_loss
+from ..encoder import AutoRegEncoder
+from ..losses import DIVERGENCES, conditional_distribution_alignment_loss, divergence_alignment_loss
 from .arguments import AlignmentArguments
-from .data import AlignmentRow
-from .trainer import Batch, StageTrainer, check_pair, computes_in_bf16, prompt_batch, run_stage
+from .compression import check_target
+from .data import AlignmentRow, alignment_rows
+from .negatives import Negatives
+from .reference import Pair, ReferenceStore
+from .sources import RowSource
+from .trainer import Batch, Distinct, Losses, Stage, compressed_prompts
 
-REFERENCE_FILE = "reference.safetensors"
+REFERENCE = "reference"
 
 
 def train_alignment(
     encoder: AutoRegEncoder,
     decoder: FrozenDecoder,
-    rows: Sequence[AlignmentRow],
+    rows: RowSource,
     output: str | Path,
     arguments: AlignmentArguments | None = None,
 ) -> AutoRegEncoder:
     """Minimise L_CDA over `rows` and save the encoder to `output`.
 
-    Reference scores are computed once, by the model as it starts, and kept in `output` with a key of that model
-    and the rows: a run that was interrupted goes on from its newest checkpoint and the same reference.
+    Reference scores are computed once, by the model as it starts, and kept below `output` until the end: a run that
+    was interrupted, even among them, goes on where it was.
 
     Args:
-        encoder: the result of stage 1; trained in place, in float32.
+        encoder: the result of stage 1; trained in place, its trained weights in float32.
         decoder: the base language model, never changed.
-        rows: queries with a positive and, where there are any, negatives.
+        rows: queries with a positive and, where there are any, negatives: anything that `alignment_rows` takes.
         output: folder for the checkpoint; loads with `AutoRegEncoder.from_pretrained`.
         arguments: hyperparameters, by default the paper's.
 
     Returns:
-        `encoder`, trained.
-    """
-    check_pair(encoder, decoder)
-    arguments = arguments or AlignmentArguments()
-    output = Path(output)
-    rows = with_negatives(rows, arguments.num_negatives, arguments.seed)
-    key = _reference_key(encoder, rows)
-    file = output / REFERENCE_FILE
-    reference = _load_reference(file, key)
-    if reference is None:
-        # In the precision of the steps, so that at the first of them model and reference agree.
-        with torch.autocast(encoder.model.device.type, torch.bfloat16, computes_in_bf16(encoder, arguments)):
-            reference = reference_scores(encoder, decoder, rows, batch_size=arguments.batch_size)
-        _save_reference(file, key, reference)
+        The trained encoder, loaded from `output`.
 
-    def collate(batch: list[tuple[AlignmentRow, Tensor]]) -> Batch:
-        chosen = [row for row, _ in batch]
-        queries = encoder.prompts.build([row.query for row in chosen], encoder.config.query_instruction)
-        selves = encoder.prompts.build([row.pos for row in chosen], encoder.config.document_instruction)
-        positives = decoder.target_ids([row.pos for row in chosen])
-        negatives = decoder.target_ids([text for row in chosen for text in row.neg])
+    Raises:
+        ValueError, FloatingPointError, MemoryError, CheckpointError: as `train_compression` does.
+    """
+    rows = alignment_rows(rows)
+    arguments = arguments or AlignmentArguments()
+    stage = Stage("alignment", encoder, decoder, rows, output, arguments)
+    if not stage.finished:
+        negatives = Negatives(rows, arguments)
+        for number, row in enumerate(rows):
+            try:
+                negatives.check(row)
+                for text in (row.pos, *row.neg):
+                    check_target(decoder, text)
+            except ValueError as error:
+                raise ValueError(f"{rows.place(number)}: {error}") from None
+        objective = Divergences if arguments.similarity in DIVERGENCES else LogProbabilities
+        chosen = objective(stage, decoder, negatives, arguments)
+        stage.run(chosen.collate, chosen.step_loss)
+    if stage.trainer_arguments.process_index == 0:
+        shutil.rmtree(stage.output / REFERENCE, ignore_errors=True)
+    return stage.result()
+
+
+class LogProbabilities:
+    """Equation 2 and its log-sigmoid variant: differences of log-probabilities, to each other and to the reference."""
+
+    def __init__(
+        self, stage: Stage, decoder: FrozenDecoder, negatives: Negatives, arguments: AlignmentArguments
+    ) -> None:
+        self.encoder = stage.encoder
+        self.decoder = decoder
+        self.negatives = negatives
+        self.arguments = arguments
+        self.reference = self._reference_scores(stage)
+
+    def collate(self, batch: list[tuple[int, AlignmentRow]]) -> Batch:
+        """Distinct prompts, the distinct (prompt, text) pairs to score, and where each score belongs."""
+        own, drawn = self.negatives.own(batch), self.negatives.in_batch(batch)
+        prompts: Distinct[tuple[str, str]] = Distinct()
+        pairs: Distinct[tuple[int, str]] = Distinct()
+        query_pos, self_pos, query_neg, known = [], [], [], []
+        for (_, row), explicit, others in zip(batch, own, drawn, strict=True):
+            query = prompts.add((row.query, self.encoder.config.query_instruction))
+            document = prompts.add((row.pos, self.encoder.config.document_instruction))
+            query_pos.append(pairs.add((query, row.pos)))
+            self_pos.append(pairs.add((document, row.pos)))
+            query_neg.append([pairs.add((query, text)) for text in (*explicit, *others)])
+            known += [Pair(row.query, text) for text in (row.pos, *explicit)]
+        others = [text for texts in drawn for text in texts]
+        k = self.encoder.num_compressed_tokens
         return {
-            **prompt_batch(queries.ids + selves.ids),
-            "targets": positives + positives + negatives,
-            "reference": torch.stack([scores for _, scores in batch]),
+            "numbers": [number for number, _ in batch],
+            "prompts": self.encoder.prompts.build_each(list(prompts)),
+            "pairs": [prompt for prompt, _ in pairs],
+            "targets": self.decoder.target_ids([text for _, text in pairs]),
+            "query_pos": torch.tensor(query_pos),
+            "self_pos": torch.tensor(self_pos),
+            "query_neg": torch.tensor(query_neg),
+            "reference": self.reference.scores(known).view(len(batch), -1),
+            "drawn": self.decoder.target_ids(others),
+            "states": self.reference.states([row.query for _, row in batch], k) if others else None,
+            "labels": torch.ones(1, len(batch), dtype=torch.long),
         }
 
-    def step_loss(compressor: nn.Module, batch: Batch, _: Tensor | int | None) -> Tensor:
-        size, n = len(batch["reference"]), arguments.num_negatives
-        # One encoder pass over queries and positives, one decoder pass over all (2 + N) pairs of every row.
-        encoded: Tensor = compressor(batch["ids"], batch["lengths"])
-        states = torch.cat([encoded, encoded[:size].repeat_interleave(n, dim=0)])
-        scores = decoder.token_log_probs(states, batch["targets"]).summed(len(states))
-        query_pos, self_pos, query_neg = scores[:size], scores[size : 2 * size], scores[2 * size :]
-        return conditional_distribution_alignment_loss(
-            query_pos,
-            self_pos,
-            query_neg.view(size, n),
-            batch["reference"][:, 0],
-            batch["reference"][:, 1:],
-            beta=arguments.beta,
-            temperature=arguments.temperature,
-            similarity=arguments.similarity,
+    def step_loss(self, compressor: nn.Module, batch: Batch) -> Losses:
+        """One encoder pass over the prompts, one decoder pass over the pairs."""
+        scores = self._score(compressor(batch["prompts"])[batch["pairs"]], batch["targets"])
+        reference = batch["reference"]
+        if batch["states"] is not None:
+            # Which rows meet in a batch is not known beforehand: their reference is scored here.
+            size = len(batch["states"])
+            states = batch["states"].repeat_interleave(len(batch["drawn"]) // size, dim=0)
+            with torch.no_grad():
+                reference = torch.cat([reference, self._score(states, batch["drawn"]).view(size, -1)], dim=1)
+        losses = conditional_distribution_alignment_loss(
+            scores[batch["query_pos"]],
+            scores[batch["self_pos"]],
+            scores[batch["query_neg"]],
+            reference[:, 0],
+            reference[:, 1:],
+            beta=self.arguments.beta,
+            temperature=self.arguments.temperature,
+            similarity=self.arguments.similarity,  # type: ignore[arg-type]
+            reduction="none",
         )
+        return Losses(losses, torch.arange(len(losses), device=losses.device))
 
-    trainer = StageTrainer(
-        encoder,
-        rows=list(zip(rows, reference, strict=True)),
-        lengths=[_length(row) for row in rows],
-        collate=collate,
-        step_loss=step_loss,
-        arguments=arguments,
-        output=output,
-    )
-    trained = run_stage(trainer, output)
-    file.unlink()
-    return trained
+    def _score(self, states: Tensor, targets: Sequence[Sequence[int]]) -> Tensor:
+        recompute = self.arguments.gradient_checkpointing
+        values = self.decoder.token_log_probs(states, targets, recompute=recompute)
+        return values.mean(len(targets)) if self.arguments.length_normalized else values.summed(len(targets))
 
+    @torch.inference_mode()
+    def _reference_scores(self, stage: Stage) -> ReferenceStore:
+        """log p_ref of every positive and every negative of a row's own under e_q,next, what is not on disk yet
+        shared among the processes."""
+        arguments = stage.trainer_arguments
+        key = [stage.identity[name] for name in ("encoder", "decoder", "bf16")] + [
+            self.arguments.length_normalized
+        ]
+        store = ReferenceStore(stage.output / REFERENCE, repr(key), process=arguments.process_index)
+        size = self.arguments.batch_size
+        starts = range(arguments.process_index * size, len(stage.rows), arguments.world_size * size)
+        for start in tqdm(starts, desc="reference scores", unit="batch", disable=arguments.process_index > 0):
+            batch = [(i, stage.rows[i]) for i in range(start, min(start + size, len(stage.rows)))]
+            with stage.autocast():
+                self._add_reference(store, batch)
+        stage.wait()
+        return store
 
-def with_negatives(rows: Sequence[AlignmentRow], n: int, seed: int) -> list[AlignmentRow]:
-    """Rows of exactly `n` negatives: their own first, then positives of other rows, chosen by `seed`.
-
-    ValueError if a row lacks negatives and no other row can lend one.
-    """
-    if not rows:
-        raise ValueError("no rows to train on")
-    rng = random.Random(seed)
-    lenders = [row.pos for row in rows]
-    if len(set(lenders)) < 2 and any(len(row.neg) < n for row in rows):
-        raise ValueError("rows without negatives need other rows with other positives to borrow from")
-    complete = []
-    for row in rows:
-        negatives = list(row.neg[:n])
-        while len(negatives) < n:
-            candidate = rng.choice(lenders)
-            if candidate != row.pos:
-                negatives.append(candidate)
-        complete.append(replace(row, neg=tuple(negatives)))
-    return complete
-
-
-@torch.inference_mode()
-def reference_scores(
-    encoder: AutoRegEncoder, decoder: FrozenDecoder, rows: Sequence[AlignmentRow], *, batch_size: int = 32
-) -> Tensor:
-    """log p_ref of the positive and the negatives of every row under e_q,next: float32 [rows, 1 + N]."""
-    width = 1 + len(rows[0].neg)
-    scores = torch.empty(len(rows), width)
-    # Neighbours in length share batches, which saves padding; results go back to their rows.
-    order = sorted(range(len(rows)), key=lambda i: _length(rows[i]))
-    with tqdm(total=len(rows), desc="reference scores", unit="row") as progress:
-        for batch in (order[i : i + batch_size] for i in range(0, len(order), batch_size)):
-            queries = [rows[i].query for i in batch]
-            prompts = encoder.prompts.build(queries, encoder.config.query_instruction)
-            tensors = {name: t.to(encoder.model.device) for name, t in prompt_batch(prompts.ids).items()}
-            states = compressed_states(encoder.model, **tensors, k=encoder.num_compressed_tokens)
-            targets = decoder.target_ids([text for i in batch for text in (rows[i].pos, *rows[i].neg)])
-            log_probs = decoder.token_log_probs(states.repeat_interleave(width, dim=0), targets)
-            scores[batch] = log_probs.summed(len(targets)).view(len(batch), width).cpu()
-            progress.update(len(batch))
-    return scores
+    def _add_reference(self, store: ReferenceStore, batch: list[tuple[int, AlignmentRow]]) -> None:
+        texts = self.negatives.own(batch)
+        pairs = store.missing(
+            Pair(row.query, text)
+            for (_, row), own in zip(batch, texts, strict=True)
+            for text in (row.pos, *own)
+        )
+        wanted = [row.query for _, row in batch] if self.arguments.in_batch_negatives else []
+        stateless = store.without_state(wanted)
+        queries = {
+            query: i for i, query in enumerate(dict.fromkeys([pair.query for pair in pairs] + stateless))
+        }
+        if not queries:
+            return
+        prompts = self.encoder.prompts.build(list(queries), self.encoder.config.query_instruction)
+        states = compressed_prompts(self.encoder.model, prompts.ids, self.encoder.num_compressed_tokens)
+        if pairs:
+            targets = self.decoder.target_ids([pair.target for pair in pairs])
+            store.add(pairs, self._score(states[[queries[pair.query] for pair in pairs]], targets))
+        if stateless:
+            store.add_states(stateless, states[[queries[query] for query in stateless]])
 
 
-def _length(row: AlignmentRow) -> int:
-    return sum(map(len, (row.query, row.pos, *row.neg)))
+class Divergences:
+    """The KL and JS variants: whole next-token distributions under e_q,next and e_d,self, no reference."""
 
+    def __init__(
+        self, stage: Stage, decoder: FrozenDecoder, negatives: Negatives, arguments: AlignmentArguments
+    ) -> None:
+        self.encoder = stage.encoder
+        self.decoder = decoder
+        self.negatives = negatives
+        self.arguments = arguments
 
-def _reference_key(encoder: AutoRegEncoder, rows: Sequence[AlignmentRow]) -> str:
-    """Changes with the starting model and with any text of any row."""
-    digest = hashlib.sha256(encoder.fingerprint.encode())
-    for row in rows:
-        digest.update(json.dumps([row.query, row.pos, row.neg]).encode())
-    return digest.hexdigest()
+    def collate(self, batch: list[tuple[int, AlignmentRow]]) -> Batch:
+        """Distinct prompts, and the distinct (query prompt, document prompt, document) to compare."""
+        prompts: Distinct[tuple[str, str]] = Distinct()
+        compared: Distinct[tuple[int, int, str]] = Distinct()
+        positive, negative = [], []
+        texts = zip(batch, self.negatives.own(batch), self.negatives.in_batch(batch), strict=True)
+        for (_, row), own, others in texts:
+            query = prompts.add((row.query, self.encoder.config.query_instruction))
+            found = []
+            for text in (row.pos, *own, *others):
+                document = prompts.add((text, self.encoder.config.document_instruction))
+                found.append(compared.add((query, document, text)))
+            positive.append(found[0])
+            negative.append(found[1:])
+        return {
+            "numbers": [number for number, _ in batch],
+            "prompts": self.encoder.prompts.build_each(list(prompts)),
+            "queries": [query for query, _, _ in compared],
+            "documents": [document for _, document, _ in compared],
+            "targets": self.decoder.target_ids([text for _, _, text in compared]),
+            "positive": torch.tensor(positive),
+            "negative": torch.tensor(negative),
+            "labels": torch.ones(1, len(batch), dtype=torch.long),
+        }
 
-
-def _load_reference(file: Path, key: str) -> Tensor | None:
-    if not file.exists():
-        return None
-    with safe_open(file, framework="pt") as stored:
-        found = (stored.metadata() or {}).get("key")
-        return stored.get_tensor("scores") if found == key else None
-
-
-def _save_reference(file: Path, key: str, scores: Tensor) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    beside = file.with_suffix(".tmp")
-    save_file({"scores": scores}, beside, metadata={"key": key})
-    beside.replace(file)
+    def step_loss(self, compressor: nn.Module, batch: Batch) -> Losses:
+        """One encoder pass over the prompts, one decoder pass over every document under both its vectors."""
+        states = compressor(batch["prompts"])
+        divergences = self.decoder.token_divergences(
+            states[batch["documents"]],
+            states[batch["queries"]],
+            batch["targets"],
+            DIVERGENCES[self.arguments.similarity],
+            recompute=self.arguments.gradient_checkpointing,
+        ).mean(len(batch["targets"]))
+        losses = divergence_alignment_loss(
+            divergences[batch["positive"]],
+            divergences[batch["negative"]],
+            temperature=self.arguments.temperature,
+            reduction="none",
+        )
+        return Losses(losses, torch.arange(len(losses), device=losses.device))

@@ -2,72 +2,88 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..decoder import FrozenDecoder
 from ..encoder import AutoRegEncoder
 from ..losses import information_compression_loss
 from .arguments import CompressionArguments
-from .data import CompressionRow
-from .trainer import Batch, StageTrainer, check_pair, prompt_batch, run_stage
+from .data import CompressionRow, Rows, compression_rows
+from .sources import RowSource
+from .trainer import Batch, Losses, Stage
 
 
 def train_compression(
     encoder: AutoRegEncoder,
     decoder: FrozenDecoder,
-    rows: Sequence[CompressionRow],
+    rows: RowSource,
     output: str | Path,
     arguments: CompressionArguments | None = None,
 ) -> AutoRegEncoder:
     """Minimise L_IC over `rows` and save the encoder to `output`.
 
     The context is the text of the prompt, the row's instruction its instruction, the output the target.
-    A run that was interrupted goes on from its newest checkpoint below `output`.
+    A run that was interrupted goes on from its newest checkpoint below `output`; one that has ended there is loaded.
 
     Args:
-        encoder: trained in place, in float32.
+        encoder: trained in place, its trained weights in float32.
         decoder: the base language model, never changed.
-        rows: what to compress and what to write from it.
+        rows: what to compress and what to write from it: anything that `compression_rows` takes.
         output: folder for the checkpoint; loads with `AutoRegEncoder.from_pretrained`.
         arguments: hyperparameters, by default the paper's.
 
     Returns:
-        `encoder`, trained.
+        The trained encoder, loaded from `output`.
+
+    Raises:
+        ValueError: rows that cannot be trained on, named by file and line; `output` holds another run.
+        FloatingPointError: the loss is no longer finite; its rows are named.
+        MemoryError: out of memory; the message says what to lower.
+        CheckpointError: a checkpoint could not be written; the one before it is intact.
     """
-    if not rows:
-        raise ValueError("no rows to train on")
-    check_pair(encoder, decoder)
-    for number, row in enumerate(rows, start=1):
+    rows = compression_rows(rows)
+    stage = Stage("compression", encoder, decoder, rows, output, arguments or CompressionArguments())
+    if stage.finished:
+        return stage.result()
+    _check_rows(rows, encoder, decoder)
+
+    def collate(batch: list[tuple[int, CompressionRow]]) -> Batch:
+        targets = decoder.target_ids([row.output for _, row in batch])
+        return {
+            "numbers": [number for number, _ in batch],
+            "prompts": encoder.prompts.build_each([(row.context, row.instruction) for _, row in batch]),
+            "targets": targets,
+            "labels": torch.ones(1, sum(map(len, targets)), dtype=torch.long),
+        }
+
+    def step_loss(compressor: nn.Module, batch: Batch) -> Losses:
+        states = compressor(batch["prompts"])
+        recompute = stage.arguments.gradient_checkpointing
+        log_probs = decoder.token_log_probs(states, batch["targets"], recompute=recompute)
+        return Losses(information_compression_loss(log_probs.values, reduction="none"), log_probs.rows)
+
+    return stage.run(collate, step_loss)
+
+
+def _check_rows(rows: Rows[CompressionRow], encoder: AutoRegEncoder, decoder: FrozenDecoder) -> None:
+    """ValueError for an instruction that fills the prompt, and for an output of which no token is left."""
+    fitting: set[str] = set()
+    for number, row in enumerate(rows):
         try:
-            encoder.prompts.max_text_tokens(row.instruction)
+            if row.instruction not in fitting:
+                encoder.prompts.max_text_tokens(row.instruction)
+                fitting.add(row.instruction)
+            check_target(decoder, row.output)
         except ValueError as error:
-            raise ValueError(f"row {number}: {error}") from None
+            raise ValueError(f"{rows.place(number)}: {error}") from None
 
-    def collate(batch: list[CompressionRow]) -> Batch:
-        # Instructions differ from row to row, so each prompt is built on its own.
-        prompts = [encoder.prompts.build([row.context], row.instruction).ids[0] for row in batch]
-        targets = decoder.target_ids([row.output for row in batch])
-        counted = torch.ones(1, sum(len(target) for target in targets), dtype=torch.long)
-        # Trainer counts the entries of "labels" over all accumulated batches.
-        return {**prompt_batch(prompts), "targets": targets, "labels": counted}
 
-    def step_loss(compressor: nn.Module, batch: Batch, num_tokens: Tensor | int | None) -> Tensor:
-        states = compressor(batch["ids"], batch["lengths"])
-        log_probs = decoder.token_log_probs(states, batch["targets"])
-        return information_compression_loss(log_probs.values, num_tokens)
-
-    trainer = StageTrainer(
-        encoder,
-        rows=rows,
-        lengths=[len(row.context) + len(row.instruction) + len(row.output) for row in rows],
-        collate=collate,
-        step_loss=step_loss,
-        arguments=arguments or CompressionArguments(),
-        output=Path(output),
-        counts_targets=True,
-    )
-    return run_stage(trainer, Path(output))
+def check_target(decoder: FrozenDecoder, text: str) -> None:
+    """ValueError for a text that the decoder's tokenizer drops altogether."""
+    # No tokenizer drops letters or digits of ASCII, which spares tokenising nearly every text.
+    if not re.search(r"[a-zA-Z0-9]", text) and len(decoder.target_ids([text])[0]) < 2:
+        raise ValueError(f"the tokenizer leaves no token of the target {text!r}: remove the row")

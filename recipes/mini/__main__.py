@@ -17,11 +17,11 @@ from transformers import AutoTokenizer
 
 from autoregembed_rag import AutoRegEncoder, FrozenDecoder
 from autoregembed_rag.training.alignment import train_alignment
-from autoregembed_rag.training.arguments import AlignmentArguments, CompressionArguments, StageArguments
+from autoregembed_rag.training.arguments import AlignmentArguments, CompressionArguments, ContrastArguments
 from autoregembed_rag.training.compression import train_compression
+from autoregembed_rag.training.contrast import train_contrast
 
 from . import bag, base_lm, data
-from .contrast import train_contrast
 from .package import package
 from .sizes import SIZES, Size
 from .tokenizer import train_tokenizer
@@ -149,14 +149,14 @@ class Recipe:
         train_contrast(
             self._encoder("aligned"),
             data.pairs(self.corpus, self.seed),
-            StageArguments(
+            output,
+            ContrastArguments(
                 learning_rate=3e-4,
                 batch_size=self.size.contrast_batch,
                 max_steps=self.size.contrast_steps,
                 seed=self.seed,
                 save_steps=self.size.save_steps,
             ),
-            output,
         )
 
     def _tokenizer(self) -> AutoTokenizer:

@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 from tqdm import tqdm
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainingArguments
 
-from autoregembed_rag.training.arguments import newest_checkpoint
+from autoregembed_rag.training.checkpoints import newest_checkpoint, remove_all_but
+from autoregembed_rag.training.trainer import SafeTrainer
 
 from .bag import warm_start
 from .sizes import Size
@@ -77,7 +78,7 @@ def train_base_lm(
     held_out = max(1, len(windows) // 100)
     train = torch.utils.data.Subset(windows, range(len(windows) - held_out))
     evaluate = torch.utils.data.Subset(windows, range(len(windows) - held_out, len(windows)))
-    trainer = Trainer(
+    trainer = SafeTrainer(
         model=model,
         args=TrainingArguments(
             output_dir=str(work),
@@ -94,13 +95,15 @@ def train_base_lm(
             seed=seed,
             logging_steps=max(1, size.save_steps // 10),
             save_steps=size.save_steps,
-            save_total_limit=2,
             report_to="none",
         ),
         train_dataset=train,
         eval_dataset=evaluate,
     )
-    trainer.train(resume_from_checkpoint=newest_checkpoint(work))
+    newest = newest_checkpoint(work)
+    if work.is_dir():
+        remove_all_but(newest, work)
+    trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
     loss = trainer.evaluate()["eval_loss"]
     model.config.held_out_perplexity = round(math.exp(loss), 2)
     model.to(torch.bfloat16).save_pretrained(output)

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
-from autoregembed_rag.training.data import AlignmentRow, CompressionRow, read_jsonl
+from autoregembed_rag.training.data import AlignmentRow, CompressionRow
+from autoregembed_rag.training.sources import read_jsonl
 
 # One source may fill at most this many rows of a sample: dictionary glosses are a third of the pairs.
 ROWS_PER_SOURCE = 30_000
@@ -43,7 +44,9 @@ def _sample(path: Path, seed: int) -> list[dict[str, object]]:
 
 def pairs(folder: Path, seed: int, limit: int | None = None) -> list[AlignmentRow]:
     """(query, positive, negatives) in random order, no source above its share."""
-    rows = _sample(next(folder.glob("pairs.jsonl*")), seed)
+    sample = _sample(next(folder.glob("pairs.jsonl*")), seed)
+    # Some definitions say no more than the word itself.
+    rows = (row for row in sample if str(row["query"]).strip() != str(row["pos"]).strip())
     return [AlignmentRow.parse(row) for row in islice(rows, limit)]
 
 

@@ -17,6 +17,7 @@ from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
 from autoregembed_rag import AutoRegEncoder, FrozenDecoder
+from autoregembed_rag.fingerprint import weights_digest
 
 TEXTS = ["A quick fox.", "Oranges and lemons."]
 
@@ -219,6 +220,68 @@ def test_an_encoder_may_be_saved_over_itself(checkpoint: Path):
     encoder.save_pretrained(checkpoint)
     np.testing.assert_array_equal(encoder.encode(TEXTS), expected)
     np.testing.assert_array_equal(load(checkpoint).encode(TEXTS), expected)
+
+
+def test_the_base_is_never_saved_over(checkpoint: Path):
+    before = weights_digest(checkpoint / "decoder")
+    with pytest.raises(ValueError, match="is the base model, which the decoder needs"):
+        load(checkpoint).save_pretrained(checkpoint / "decoder")
+    assert weights_digest(checkpoint / "decoder") == before
+
+
+def test_gathered_weights_are_written_instead_of_the_live_ones(checkpoint: Path, tmp_path: Path):
+    encoder = load(checkpoint)
+    gathered = {name: weight + 1e-2 for name, weight in encoder.model.state_dict().items()}
+    encoder.save_pretrained(tmp_path / "saved", state_dict=gathered)
+    saved = load(tmp_path / "saved").model.state_dict()
+    assert saved.keys() == gathered.keys()
+    assert all(torch.equal(saved[name], weight) for name, weight in gathered.items())
+    np.testing.assert_array_equal(encoder.encode(TEXTS), load(checkpoint).encode(TEXTS))
+
+
+def test_saved_weights_are_put_back_in_place(checkpoint: Path, encoder: AutoRegEncoder):
+    live = load(checkpoint)
+    where = [weight.data_ptr() for weight in live.trainable().parameters()]
+    with torch.no_grad():
+        for weight in live.model.parameters():
+            weight += 1
+    assert live.fingerprint != encoder.fingerprint
+    live.load_weights(checkpoint)
+    np.testing.assert_array_equal(live.encode(TEXTS), encoder.encode(TEXTS))
+    assert [weight.data_ptr() for weight in live.model.parameters()] == where
+    assert live.fingerprint == encoder.fingerprint
+
+
+def test_weights_that_are_put_back_are_not_rounded(checkpoint: Path, encoder: AutoRegEncoder):
+    live = load(checkpoint, dtype="bfloat16")
+    parameters = [*live.model.parameters()]
+    live.load_weights(checkpoint)
+    assert all(one is other for one, other in zip(parameters, live.model.parameters(), strict=True))
+    assert all(torch.equal(live.model.state_dict()[n], w) for n, w in encoder.model.state_dict().items())
+
+
+def test_weights_of_another_model_are_not_taken(tiny_base: Path, checkpoint: Path, tmp_path: Path):
+    live = load(checkpoint)
+    AutoRegEncoder.from_base(tiny_base, 2, dtype="float32").save_pretrained(tmp_path / "two")
+    with pytest.raises(ValueError, match=r"not those of this encoder: 1 differ.*embed_tokens"):
+        live.load_weights(tmp_path / "two")
+    change_one_weight(checkpoint)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="empty has no model"):
+        live.load_weights(tmp_path / "empty")
+
+
+def test_the_digest_of_a_folder_is_of_its_weights_alone(tiny_base: Path, tmp_path: Path):
+    copy = Path(shutil.copytree(tiny_base, tmp_path / "copy"))
+    (copy / "tokenizer.json").unlink()
+    assert weights_digest(copy) == weights_digest(str(tiny_base))
+    assert len(weights_digest(copy)) == 64
+    model = tiny_llama(build_tokenizer())
+    before = weights_digest(model)
+    assert before == weights_digest(tiny_llama(build_tokenizer()))
+    with torch.no_grad():
+        model.model.norm.weight[0] += 1e-3
+    assert weights_digest(model) != before
 
 
 def test_nothing_temporary_stays_behind(encoder: AutoRegEncoder, tmp_path: Path):

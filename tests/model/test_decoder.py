@@ -18,8 +18,7 @@ from transformers import (
     GraniteForCausalLM,
 )
 
-from autoregembed_rag import AutoRegEncoder, FrozenDecoder
-from autoregembed_rag import decoder as decoder_module
+from autoregembed_rag import AutoRegEncoder, FrozenDecoder, chunked
 from autoregembed_rag.prompt import TextTokenizer
 
 TEXTS = ["A quick fox.", "Vitamin C is found in oranges.", "the river bank", ""]
@@ -127,7 +126,7 @@ def test_it_stays_frozen_under_any_trainer(decoder: FrozenDecoder):
 def test_gradients_reach_the_compressed_vectors_alone(
     decoder: FrozenDecoder, encoder: AutoRegEncoder, monkeypatch
 ):
-    monkeypatch.setattr(decoder_module, "LOGIT_ROWS", 5)  # several pieces, computed again going backward
+    monkeypatch.setattr(chunked, "LOGIT_ROWS", 5)  # several pieces
     states = torch.from_numpy(encoder.compress(TEXTS)).requires_grad_()
     scores = decoder.token_log_probs(states, decoder.target_ids(TARGETS)).summed(4)
     scores.sum().backward()

@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from autoregembed_rag import AutoRegEncoder, FrozenDecoder
-from autoregembed_rag.training import alignment
-from autoregembed_rag.training.alignment import reference_scores, train_alignment, with_negatives
-from autoregembed_rag.training.arguments import AlignmentArguments, CompressionArguments, newest_checkpoint
+from autoregembed_rag.training.alignment import train_alignment
+from autoregembed_rag.training.arguments import AlignmentArguments, CompressionArguments
 from autoregembed_rag.training.compression import train_compression
 from autoregembed_rag.training.data import AlignmentRow, CompressionRow
+from autoregembed_rag.training.reference import Pair, ReferenceStore
 from autoregembed_rag.training.trainer import StageTrainer
 
 WORDS = ["fox", "dog", "river", "bank", "text", "vector", "answer", "question", "lemon", "green"]
@@ -47,6 +47,14 @@ def compression_arguments(**changes) -> CompressionArguments:
 def alignment_arguments(**changes) -> AlignmentArguments:
     settings = {"learning_rate": 1e-3, "batch_size": 4, "epochs": 1, "bf16": False, "logging_steps": 1}
     return AlignmentArguments(**{**settings, **changes})
+
+
+def positive(row: AlignmentRow) -> str:
+    return row.pos
+
+
+def negative(row: AlignmentRow) -> str:
+    return row.neg[0]
 
 
 def logged_losses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
@@ -125,6 +133,7 @@ def test_a_trained_checkpoint_is_the_encoder_alone_and_loads(pair, tmp_path, tin
         "model.safetensors",
         "tokenizer.json",
         "tokenizer_config.json",
+        "training.json",
     ]
     loaded = AutoRegEncoder.from_pretrained(output, device="cpu", dtype="float32")
     texts = ["The fox is near the river.", "lemon"]
@@ -163,34 +172,47 @@ def test_alignment_lowers_its_loss(pair, tmp_path, monkeypatch):
 def test_each_text_is_encoded_once_per_step(pair, tmp_path, monkeypatch):
     """A step over B rows is one encoder pass over 2 B prompts, however many negatives there are."""
     encoder, decoder = pair
-    rows = [AlignmentRow(row.query, row.pos, row.neg * 3) for row in ALIGNMENT]
-    reference = reference_scores(encoder, decoder, rows)
-    monkeypatch.setattr(alignment, "reference_scores", lambda *_, **__: reference)
-    sizes = []
-    encoder.model.register_forward_hook(
-        lambda _, __, kwargs, ___: sizes.append(len(kwargs["input_ids"])), with_kwargs=True
+    negatives = ("No such thing.", "Nor this.", "Not at all.")
+    # Half the rows share one query, half of those their positive too.
+    rows = [AlignmentRow(row.query, row.pos, negatives) for row in ALIGNMENT]
+    rows[1:4] = [AlignmentRow(rows[0].query, row.pos, negatives) for row in (rows[0], *rows[2:4])]
+    sizes: dict[str, list[int]] = {"encoder": [], "decoder": []}
+    count = lambda name, key: lambda _, __, kwargs, ___: sizes[name].append(len(kwargs[key]))  # noqa: E731
+    step = StageTrainer.training_step
+
+    def counting(self, *args, **kwargs):
+        hooks = [
+            encoder.model.register_forward_hook(count("encoder", "input_ids"), with_kwargs=True),
+            decoder.model.base_model.register_forward_hook(
+                count("decoder", "inputs_embeds"), with_kwargs=True
+            ),
+        ]
+        loss = step(self, *args, **kwargs)
+        for hook in hooks:
+            hook.remove()
+        return loss
+
+    monkeypatch.setattr(StageTrainer, "training_step", counting)
+    train_alignment(
+        encoder, decoder, rows, tmp_path / "a", alignment_arguments(num_negatives=3, batch_size=8)
     )
-    train_alignment(encoder, decoder, rows, tmp_path / "a", alignment_arguments(num_negatives=3))
-    assert sizes == [8, 8]
+    # 5 queries and 7 positives; for every query 3 negatives, for every (query, positive) two pairs.
+    assert sum(sizes["encoder"]) == 5 + 7
+    assert sum(sizes["decoder"]) == 5 * 3 + 7 * 2
 
 
-def test_reference_scores_are_the_starting_models_log_probabilities(pair):
+def test_reference_scores_are_the_starting_models_log_probabilities(pair, tmp_path, monkeypatch):
     encoder, decoder = pair
-    found = reference_scores(encoder, decoder, ALIGNMENT, batch_size=3)
     e = encoder.compress([row.query for row in ALIGNMENT], "next")
-    for column, targets in enumerate(([row.pos for row in ALIGNMENT], [row.neg[0] for row in ALIGNMENT])):
-        np.testing.assert_allclose(found[:, column].numpy(), decoder.log_prob(e, targets), rtol=1e-4)
-
-
-def test_missing_negatives_are_borrowed_from_other_rows_by_seed():
-    rows = [AlignmentRow("a", "A"), AlignmentRow("b", "B", ("own",)), AlignmentRow("c", "A")]
-    complete = with_negatives(rows, 2, seed=3)
-    assert [len(row.neg) for row in complete] == [2, 2, 2]
-    assert complete[1].neg[0] == "own"
-    assert all(row.pos not in row.neg for row in complete)
-    assert complete == with_negatives(rows, 2, seed=3)
-    with pytest.raises(ValueError, match="other rows with other positives"):
-        with_negatives([AlignmentRow("a", "A"), AlignmentRow("c", "A")], 1, seed=0)
+    expected = [decoder.log_prob(e, [getter(row) for row in ALIGNMENT]) for getter in (positive, negative)]
+    interrupted(
+        lambda: train_alignment(encoder, decoder, ALIGNMENT, tmp_path, alignment_arguments()), 0, monkeypatch
+    )
+    key = repr([encoder.fingerprint, decoder.fingerprint, False, False])
+    store = ReferenceStore(tmp_path / "reference", key)
+    for getter, scores in zip((positive, negative), expected, strict=True):
+        found = store.scores([Pair(row.query, getter(row)) for row in ALIGNMENT])
+        np.testing.assert_allclose(found.numpy(), scores, rtol=1e-5)
 
 
 def interrupted(train, at_step: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,45 +230,27 @@ def interrupted(train, at_step: int, monkeypatch: pytest.MonkeyPatch) -> None:
             train()
 
 
-@pytest.mark.parametrize("stage", ["compression", "alignment"])
-def test_an_interrupted_run_ends_bit_equal_to_an_uninterrupted_one(stage, tiny_base, tmp_path, monkeypatch):
-    def run(name: str) -> AutoRegEncoder:
-        encoder = AutoRegEncoder.from_base(tiny_base, 3, device="cpu", dtype="float32")
-        decoder = FrozenDecoder.from_pretrained(tiny_base, device="cpu", dtype="float32")
-        if stage == "compression":
-            arguments = compression_arguments(epochs=2, save_steps=2)
-            return train_compression(encoder, decoder, COMPRESSION, tmp_path / name, arguments)
-        arguments = alignment_arguments(epochs=3, save_steps=2)
-        return train_alignment(encoder, decoder, ALIGNMENT, tmp_path / name, arguments)
-
-    whole = run("whole").model.state_dict()
-    interrupted(lambda: run("broken"), 5, monkeypatch)
-    assert newest_checkpoint(tmp_path / "broken") == str(tmp_path / "broken" / "checkpoint-4")
-    # A checkpoint whose writing was cut short is passed over.
-    (tmp_path / "broken" / "checkpoint-5").mkdir()
-    resumed = run("broken").model.state_dict()
-    assert all(torch.equal(whole[name], tensor) for name, tensor in resumed.items())
-
-
-def test_reference_scores_of_another_model_or_other_rows_are_not_reused(pair, tmp_path, monkeypatch):
+def test_reference_scores_are_computed_once_for_every_pair(pair, tmp_path, monkeypatch):
+    """A run that was interrupted computes what is missing; rows in another order or new ones are found by content."""
     encoder, decoder = pair
-    train = lambda rows: train_alignment(  # noqa: E731
-        encoder, decoder, rows, tmp_path / "a", alignment_arguments(max_steps=1)
-    )
-    interrupted(lambda: train(ALIGNMENT), 0, monkeypatch)
-    calls = []
-    scores = alignment.reference_scores
+    added: list[int] = []
+    add = ReferenceStore.add
     monkeypatch.setattr(
-        alignment, "reference_scores", lambda *a, **k: calls.append(len(a[2])) or scores(*a, **k)
+        ReferenceStore,
+        "add",
+        lambda self, pairs, scores: added.append(len(pairs)) or add(self, pairs, scores),
     )
-    interrupted(lambda: train(ALIGNMENT), 0, monkeypatch)
-    assert calls == []
-    interrupted(lambda: train(ALIGNMENT[:-1]), 0, monkeypatch)
-    assert calls == [7]
+    train = lambda rows: interrupted(  # noqa: E731
+        lambda: train_alignment(encoder, decoder, rows, tmp_path, alignment_arguments()), 0, monkeypatch
+    )
+    train(ALIGNMENT[:5])
+    assert sum(added) == 5 * 2
+    train([*reversed(ALIGNMENT)])
+    assert sum(added) == 8 * 2
     with torch.no_grad():
         encoder.trainable().get_input_embeddings().weight.mul_(1.01)
-    interrupted(lambda: train(ALIGNMENT[:-1]), 0, monkeypatch)
-    assert calls == [7, 7]
+    train(ALIGNMENT)
+    assert sum(added) == 2 * 8 * 2, "another model reads none of them"
 
 
 def test_what_cannot_be_trained_is_refused_before_training(pair, tmp_path, tiny_checkpoint):
@@ -293,7 +297,7 @@ def test_the_command_line_trains_both_stages(tiny_base, tmp_path):
         app, ["train", "align", "--model", first, "--data", str(pwc), "--output", second, *common]
     )
     assert bad.exit_code == 2
-    assert "line 1: field 'query' is missing" in bad.output
+    assert "line 1: the fields context, instruction, output" in bad.output
 
 
 def test_without_accelerate_the_error_says_what_to_install(monkeypatch):

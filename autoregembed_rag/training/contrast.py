@@ -1,0 +1,98 @@
+"""A third stage that the paper does not have: an in-batch softmax over the cosines that retrieval will use.
+
+The paper's two stages train what the decoder makes of the compressed vectors, never their cosines. This one does, and
+needs no decoder: it fits an encoder to the texts that it will search.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..encoder import AutoRegEncoder, pool
+from .arguments import ContrastArguments
+from .data import AlignmentRow, alignment_rows
+from .sources import RowSource
+from .trainer import Batch, Distinct, Losses, Stage
+
+
+def train_contrast(
+    encoder: AutoRegEncoder, rows: RowSource, output: str | Path, arguments: ContrastArguments | None = None
+) -> AutoRegEncoder:
+    """Queries under I_next against documents under I_self: each must prefer its own among the batch's, and each
+    document its query.
+
+    Args:
+        encoder: trained in place, its trained weights in float32; its pooling is the one that is trained.
+        rows: queries with a positive, and negatives where there are any: anything that `alignment_rows` takes.
+        output: folder for the checkpoint; loads with `AutoRegEncoder.from_pretrained`.
+        arguments: hyperparameters.
+
+    Returns:
+        The trained encoder, loaded from `output`.
+
+    Raises:
+        ValueError, FloatingPointError, MemoryError, CheckpointError: as `train_compression` does.
+    """
+    rows = alignment_rows(rows)
+    arguments = arguments or ContrastArguments()
+    stage = Stage("contrast", encoder, None, rows, output, arguments)
+    if stage.finished:
+        return stage.result()
+
+    def collate(batch: list[tuple[int, AlignmentRow]]) -> Batch:
+        documents: Distinct[str] = Distinct()
+        queries = [row.query for _, row in batch]
+        targets = [documents.add(row.pos) for _, row in batch]
+        for _, row in batch:
+            for text in row.neg:
+                documents.add(text)
+        texts = list(documents)
+        # Positives of the same query elsewhere in the batch are no negatives of it.
+        answers = {(row.query, row.pos) for _, row in batch}
+        also = [[(query, text) in answers for text in texts] for query in queries]
+        words = encoder.config
+        prompts = [(query, words.query_instruction) for query in queries]
+        prompts += [(text, words.document_instruction) for text in texts]
+        return {
+            "numbers": [number for number, _ in batch],
+            "prompts": encoder.prompts.build_each(prompts),
+            "targets": torch.tensor(targets),
+            "answers": torch.tensor(also),
+            "labels": torch.ones(1, len(batch), dtype=torch.long),
+        }
+
+    def step_loss(compressor: nn.Module, batch: Batch) -> Losses:
+        size, targets = len(batch["targets"]), batch["targets"]
+        vectors = pool(compressor(batch["prompts"]), encoder.config.pooling)
+        losses = contrast_loss(
+            vectors[:size], vectors[size:], targets, batch["answers"], arguments.temperature
+        )
+        return Losses(losses, torch.arange(size, device=losses.device))
+
+    return stage.run(collate, step_loss)
+
+
+def contrast_loss(
+    queries: Tensor, documents: Tensor, targets: Tensor, answers: Tensor, temperature: float
+) -> Tensor:
+    """Half the cross entropy of each query over the documents, half that of its document over the queries: [B].
+
+    Args:
+        queries: unit rows, [B, d].
+        documents: unit rows, [D, d].
+        targets: the column of each query's own document, [B].
+        answers: which documents answer which query, [B, D]: another answer than its own is left out.
+        temperature: of the softmax.
+    """
+    scores = queries @ documents.T / temperature
+    own = F.one_hot(targets, len(documents)).bool()
+    forward = F.cross_entropy(scores.masked_fill(answers & ~own, -torch.inf), targets, reduction="none")
+    # Backwards, another query that the same document answers is left out.
+    itself = torch.arange(len(targets), device=scores.device)
+    others = answers[:, targets].T & (itself != itself[:, None])
+    backward = F.cross_entropy(scores[:, targets].T.masked_fill(others, -torch.inf), itself, reduction="none")
+    return (forward + backward) / 2
