@@ -6,16 +6,15 @@ import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from .chunked import by_chunks
+from .chunked import by_chunks, by_groups
 from .config import CONFIG_NAME, AutoRegConfig
 from .fingerprint import weights_digest
 from .loading import embedding_table, load_model, model_arguments, resolve_folder
@@ -26,24 +25,8 @@ logger = logging.getLogger(__name__)
 
 # Positions that targets leave free for compressed vectors in a model with few of them.
 COMPRESSED_ROOM = 32
-# Tokens of a group whose activations exist at once where they are computed again rather than kept.
-RECOMPUTED_TOKENS = 2048
-
-
-class TokenValues(NamedTuple):
-    """One value for every target token, in the order of the targets: `values` [m], float32 or wider, and the target
-    that each belongs to, `rows` [m]."""
-
-    values: Tensor
-    rows: Tensor
-
-    def summed(self, n: int) -> Tensor:
-        """The sum over each of the n targets' tokens: [n]."""
-        return self.values.new_zeros(n).index_add(0, self.rows, self.values)
-
-    def mean(self, n: int) -> Tensor:
-        """The mean over each of the n targets' tokens: [n]."""
-        return self.summed(n) / torch.bincount(self.rows, minlength=n)
+# Target tokens whose activations exist at once, padding included: enough to keep a GPU busy.
+GROUP_TOKENS = 1024
 
 
 class FrozenDecoder(torch.nn.Module):
@@ -141,70 +124,67 @@ class FrozenDecoder(torch.nn.Module):
     def _eos(self) -> int:
         return int(self.tokenizer.eos_token_id)
 
-    def token_log_probs(
-        self, compressed: Tensor, targets: Sequence[Sequence[int]], *, recompute: bool = False
-    ) -> TokenValues:
-        """log p(d_t | d_<t, e) for every token of every target; gradients flow into `compressed`.
+    def target_log_probs(self, compressed: Tensor, targets: Sequence[Sequence[int]]) -> Tensor:
+        """log p(d | e) of every target, summed over its tokens: [n] in float32 or wider; gradients flow into
+        `compressed`.
 
         Args:
             compressed: e_c, [n, k, hidden].
             targets: token ids of n targets, none empty.
-            recompute: compute activations again in the backward pass rather than keep them.
         """
-        hidden, ids, rows = self._hidden_states(compressed, targets, recompute)
 
-        def log_probs(part: slice, states: Tensor) -> Tensor:
-            return -F.cross_entropy(wide(self._logits(states)), ids[part], reduction="none")
+        def log_probs(group: list[int], states: Tensor) -> Tensor:
+            hidden, ids, rows = self._predicting(states, [targets[i] for i in group])
 
-        return TokenValues(by_chunks(log_probs, hidden), rows)
+            def of_tokens(part: slice, of_part: Tensor) -> Tensor:
+                return -F.cross_entropy(wide(self._logits(of_part)), ids[part], reduction="none")
 
-    def token_divergences(
+            values = by_chunks(of_tokens, hidden)
+            return values.new_zeros(len(group)).index_add(0, rows, values)
+
+        return by_groups(log_probs, self._groups(targets), compressed)
+
+    def target_divergences(
         self,
         first: Tensor,
         second: Tensor,
         targets: Sequence[Sequence[int]],
         divergence: Callable[[Tensor, Tensor], Tensor],
-        *,
-        recompute: bool = False,
-    ) -> TokenValues:
-        """A divergence between p(. | d_<t, first) and p(. | d_<t, second) before every token of every target.
+    ) -> Tensor:
+        """A divergence between p(. | d_<t, first) and p(. | d_<t, second), its mean over every target's tokens: [n].
 
         Args:
             first: e_c of n texts, [n, k, hidden]; gradients flow into it and into `second`.
             second: as many others.
             targets: token ids of n targets, none empty.
             divergence: log-probabilities [m, vocabulary] twice -> [m].
-            recompute: as in `token_log_probs`.
         """
-        hidden, _, rows = self._hidden_states(torch.cat([first, second]), [*targets, *targets], recompute)
 
-        def divergences(_: slice, one: Tensor, other: Tensor) -> Tensor:
-            log_p, log_q = (F.log_softmax(wide(self._logits(states)), dim=-1) for states in (one, other))
-            return divergence(log_p, log_q)
+        def divergences(group: list[int], one: Tensor, other: Tensor) -> Tensor:
+            texts = [targets[i] for i in group]
+            hidden, _, rows = self._predicting(torch.cat([one, other]), [*texts, *texts])
+            half = len(hidden) // 2
 
-        half = len(hidden) // 2
-        return TokenValues(by_chunks(divergences, hidden[:half], hidden[half:]), rows[:half])
+            def of_tokens(_: slice, *of_part: Tensor) -> Tensor:
+                log_p, log_q = (F.log_softmax(wide(self._logits(states)), dim=-1) for states in of_part)
+                return divergence(log_p, log_q)
 
-    def _hidden_states(
-        self, compressed: Tensor, targets: Sequence[Sequence[int]], recompute: bool
+            values = by_chunks(of_tokens, hidden[:half], hidden[half:])
+            rows = rows[:half]
+            return values.new_zeros(len(group)).index_add(0, rows, values) / torch.bincount(rows)
+
+        return by_groups(divergences, self._groups(targets), first, second)
+
+    def _groups(self, targets: Sequence[Sequence[int]]) -> list[list[int]]:
+        return length_groups([len(target) for target in targets], most=GROUP_TOKENS)
+
+    def _predicting(
+        self, compressed: Tensor, targets: Sequence[Sequence[int]]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The states from which each target token is predicted [m, hidden], the tokens [m], their targets [m]."""
-        lengths = [len(target) for target in targets]
-        hidden, ids, rows = [], [], []
-        for group in length_groups(lengths, most=RECOMPUTED_TOKENS if recompute else None):
-            tokens, counts = (t.to(compressed.device) for t in pad_right([targets[i] for i in group]))
-            real = torch.arange(tokens.shape[1], device=tokens.device) < counts[:, None]
-            states = compressed[group]
-            if recompute:
-                states = checkpoint(self._forward, states, tokens, use_reentrant=False)
-            else:
-                states = self._forward(states, tokens)
-            hidden.append(states[real])
-            ids.append(tokens[real])
-            rows.append(torch.tensor(group, device=tokens.device)[real.nonzero()[:, 0]])
-        belongs = torch.cat(rows)
-        order = belongs.argsort(stable=True)
-        return torch.cat(hidden)[order], torch.cat(ids)[order], belongs[order]
+        ids, lengths = (tensor.to(compressed.device) for tensor in pad_right(targets))
+        real = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
+        return self._forward(compressed, ids)[real], ids[real], real.nonzero()[:, 0]
 
     def _forward(self, compressed: Tensor, ids: Tensor) -> Tensor:
         """[n, k, hidden] and [n, longest] -> the states that predict each of `ids`, [n, longest, hidden]."""
@@ -250,7 +230,7 @@ class FrozenDecoder(torch.nn.Module):
         out = np.empty(len(ids), dtype=np.float32)
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
         for batch in (order[i : i + batch_size] for i in range(0, len(order), batch_size)):
-            scores = self.token_log_probs(states[batch], [ids[i] for i in batch]).summed(len(batch))
+            scores = self.target_log_probs(states[batch], [ids[i] for i in batch])
             out[batch] = scores.cpu().numpy()
         return out
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from pathlib import Path
 from typing import Any, cast
 
@@ -53,7 +54,9 @@ def resolve_device(device: str | torch.device) -> torch.device:
     if device != "auto":
         return torch.device(device)
     if torch.cuda.is_available():
-        return torch.device("cuda")
+        # A launcher of several processes, such as torchrun, gives each a GPU of its own.
+        rank = os.environ.get("LOCAL_RANK")
+        return torch.device("cuda" if rank is None else f"cuda:{rank}")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 

@@ -19,19 +19,20 @@ Reduction = Literal["mean", "none"]
 _SIGMA = {"sigmoid": torch.sigmoid, "log_sigmoid": F.logsigmoid}
 
 
-def information_compression_loss(token_log_probs: Tensor, *, reduction: Reduction = "mean") -> Tensor:
+def information_compression_loss(log_probs: Tensor, num_tokens: Tensor | None = None) -> Tensor:
     """L_IC (section 3.2): minus the mean of log p(d_t | d_<t, e) over all target tokens.
 
     Args:
-        token_log_probs: one log-probability per target token, any shape, no padding among them.
-        reduction: "mean" over the tokens, or "none" for each token's own part.
+        log_probs: log p of every target token, or its sum over the tokens of each target; any shape, no padding.
+        num_tokens: how many tokens each entry is the sum of, of the same shape; None: one each.
 
     Returns:
-        A scalar, or the shape of `token_log_probs`. ValueError if there is no token.
+        A scalar. ValueError if there is no token.
     """
-    if token_log_probs.numel() == 0:
+    count = log_probs.numel() if num_tokens is None else int(num_tokens.sum())
+    if count == 0:
         raise ValueError("no target tokens: every target must have at least one token")
-    return _reduced(-wide(token_log_probs), reduction)
+    return -wide(log_probs).sum() / count
 
 
 def conditional_distribution_alignment_loss(

@@ -134,7 +134,7 @@ def write_checkpoint(
     if config.decoder is not None and Path(config.decoder).resolve() == folder.resolve():
         raise ValueError(f"{folder} is the base model, which the decoder needs: save into another folder")
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as beside:
+    with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as beside:
         _save_weights(model, Path(beside), state_dict)
         tokenizer.save_pretrained(beside)
         config.relative_to(folder).save(beside)

@@ -19,7 +19,8 @@ from .data import AlignmentRow, alignment_rows
 from .negatives import Negatives
 from .reference import Pair, ReferenceStore
 from .sources import RowSource
-from .trainer import Batch, Distinct, Losses, Stage, compressed_prompts
+from .stage import Stage
+from .trainer import Batch, Distinct, compressed_prompts, wait_for_everyone
 
 REFERENCE = "reference"
 
@@ -110,7 +111,7 @@ class LogProbabilities:
             "labels": torch.ones(1, len(batch), dtype=torch.long),
         }
 
-    def step_loss(self, compressor: nn.Module, batch: Batch) -> Losses:
+    def step_loss(self, compressor: nn.Module, batch: Batch) -> Tensor:
         """One encoder pass over the prompts, one decoder pass over the pairs."""
         scores = self._score(compressor(batch["prompts"])[batch["pairs"]], batch["targets"])
         reference = batch["reference"]
@@ -120,7 +121,7 @@ class LogProbabilities:
             states = batch["states"].repeat_interleave(len(batch["drawn"]) // size, dim=0)
             with torch.no_grad():
                 reference = torch.cat([reference, self._score(states, batch["drawn"]).view(size, -1)], dim=1)
-        losses = conditional_distribution_alignment_loss(
+        return conditional_distribution_alignment_loss(
             scores[batch["query_pos"]],
             scores[batch["self_pos"]],
             scores[batch["query_neg"]],
@@ -131,21 +132,21 @@ class LogProbabilities:
             similarity=self.arguments.similarity,  # type: ignore[arg-type]
             reduction="none",
         )
-        return Losses(losses, torch.arange(len(losses), device=losses.device))
 
     def _score(self, states: Tensor, targets: Sequence[Sequence[int]]) -> Tensor:
-        recompute = self.arguments.gradient_checkpointing
-        values = self.decoder.token_log_probs(states, targets, recompute=recompute)
-        return values.mean(len(targets)) if self.arguments.length_normalized else values.summed(len(targets))
+        scores = self.decoder.target_log_probs(states, targets)
+        if not self.arguments.length_normalized:
+            return scores
+        return scores / torch.tensor([len(target) for target in targets], device=scores.device)
 
     @torch.inference_mode()
     def _reference_scores(self, stage: Stage) -> ReferenceStore:
         """log p_ref of every positive and every negative of a row's own under e_q,next, what is not on disk yet
         shared among the processes."""
         arguments = stage.trainer_arguments
-        key = [stage.identity[name] for name in ("encoder", "decoder", "bf16")] + [
-            self.arguments.length_normalized
-        ]
+        key = [
+            stage.identity[name] for name in ("encoder", "encoder_dtype", "decoder", "decoder_dtype", "bf16")
+        ] + [self.arguments.length_normalized]
         store = ReferenceStore(stage.output / REFERENCE, repr(key), process=arguments.process_index)
         size = self.arguments.batch_size
         starts = range(arguments.process_index * size, len(stage.rows), arguments.world_size * size)
@@ -153,7 +154,7 @@ class LogProbabilities:
             batch = [(i, stage.rows[i]) for i in range(start, min(start + size, len(stage.rows)))]
             with stage.autocast():
                 self._add_reference(store, batch)
-        stage.wait()
+        wait_for_everyone()
         return store
 
     def _add_reference(self, store: ReferenceStore, batch: list[tuple[int, AlignmentRow]]) -> None:
@@ -172,11 +173,12 @@ class LogProbabilities:
             return
         prompts = self.encoder.prompts.build(list(queries), self.encoder.config.query_instruction)
         states = compressed_prompts(self.encoder.model, prompts.ids, self.encoder.num_compressed_tokens)
+        if stateless:
+            store.add_states(stateless, states[[queries[query] for query in stateless]])
+        # Last, so that what a kill leaves without scores shares its passes with the same queries again.
         if pairs:
             targets = self.decoder.target_ids([pair.target for pair in pairs])
             store.add(pairs, self._score(states[[queries[pair.query] for pair in pairs]], targets))
-        if stateless:
-            store.add_states(stateless, states[[queries[query] for query in stateless]])
 
 
 class Divergences:
@@ -215,20 +217,18 @@ class Divergences:
             "labels": torch.ones(1, len(batch), dtype=torch.long),
         }
 
-    def step_loss(self, compressor: nn.Module, batch: Batch) -> Losses:
+    def step_loss(self, compressor: nn.Module, batch: Batch) -> Tensor:
         """One encoder pass over the prompts, one decoder pass over every document under both its vectors."""
         states = compressor(batch["prompts"])
-        divergences = self.decoder.token_divergences(
+        divergences = self.decoder.target_divergences(
             states[batch["documents"]],
             states[batch["queries"]],
             batch["targets"],
             DIVERGENCES[self.arguments.similarity],
-            recompute=self.arguments.gradient_checkpointing,
-        ).mean(len(batch["targets"]))
-        losses = divergence_alignment_loss(
+        )
+        return divergence_alignment_loss(
             divergences[batch["positive"]],
             divergences[batch["negative"]],
             temperature=self.arguments.temperature,
             reduction="none",
         )
-        return Losses(losses, torch.arange(len(losses), device=losses.device))

@@ -6,15 +6,15 @@ import re
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..decoder import FrozenDecoder
 from ..encoder import AutoRegEncoder
-from ..losses import information_compression_loss
 from .arguments import CompressionArguments
 from .data import CompressionRow, Rows, compression_rows
 from .sources import RowSource
-from .trainer import Batch, Losses, Stage
+from .stage import Stage
+from .trainer import Batch
 
 
 def train_compression(
@@ -60,11 +60,8 @@ def train_compression(
             "labels": torch.ones(1, sum(map(len, targets)), dtype=torch.long),
         }
 
-    def step_loss(compressor: nn.Module, batch: Batch) -> Losses:
-        states = compressor(batch["prompts"])
-        recompute = stage.arguments.gradient_checkpointing
-        log_probs = decoder.token_log_probs(states, batch["targets"], recompute=recompute)
-        return Losses(information_compression_loss(log_probs.values, reduction="none"), log_probs.rows)
+    def step_loss(compressor: nn.Module, batch: Batch) -> Tensor:
+        return -decoder.target_log_probs(compressor(batch["prompts"]), batch["targets"])
 
     return stage.run(collate, step_loss)
 

@@ -16,7 +16,8 @@ from ..encoder import AutoRegEncoder, pool
 from .arguments import ContrastArguments
 from .data import AlignmentRow, alignment_rows
 from .sources import RowSource
-from .trainer import Batch, Distinct, Losses, Stage
+from .stage import Stage
+from .trainer import Batch, Distinct
 
 
 def train_contrast(
@@ -65,13 +66,10 @@ def train_contrast(
             "labels": torch.ones(1, len(batch), dtype=torch.long),
         }
 
-    def step_loss(compressor: nn.Module, batch: Batch) -> Losses:
+    def step_loss(compressor: nn.Module, batch: Batch) -> Tensor:
         size, targets = len(batch["targets"]), batch["targets"]
         vectors = pool(compressor(batch["prompts"]), encoder.config.pooling)
-        losses = contrast_loss(
-            vectors[:size], vectors[size:], targets, batch["answers"], arguments.temperature
-        )
-        return Losses(losses, torch.arange(size, device=losses.device))
+        return contrast_loss(vectors[:size], vectors[size:], targets, batch["answers"], arguments.temperature)
 
     return stage.run(collate, step_loss)
 

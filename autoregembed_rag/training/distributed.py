@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import Sampler
 
 from ..encoder import AutoRegEncoder
@@ -114,3 +115,15 @@ def exact_sharding(plugin: Any) -> None:  # noqa: ANN401
     plugin.set_state_dict_type("FULL_STATE_DICT")
     if plugin.mixed_precision_policy is not None:
         plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, reduce_dtype=torch.float32)
+
+
+def finite_everywhere(weights: Iterable[Tensor], accelerator: Any) -> bool:  # noqa: ANN401
+    """Whether all weights are finite, on every process that holds a part of them: all of them learn it, so that none
+    waits for one that stopped."""
+    finite = all(bool(torch.isfinite(_own_part(weight)).all()) for weight in weights)
+    return bool(accelerator.gather(torch.tensor(finite, device=accelerator.device)).all())
+
+
+def _own_part(weight: Tensor) -> Tensor:
+    part: Any = getattr(weight, "to_local", None)
+    return weight if part is None else part()

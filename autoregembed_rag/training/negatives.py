@@ -32,7 +32,7 @@ class Negatives:
         return [self._own(number, row) for number, row in batch]
 
     def in_batch(self, batch: Sequence[tuple[int, AlignmentRow]]) -> list[list[str]]:
-        """M for each row: positives of other queries of the batch, at random; of any other query where it has too few."""
+        """M for each row: positives of other queries of the batch, at random; of any where it has too few."""
         if not self._m:
             return [[] for _ in batch]
         rng = random.Random(f"{self._seed} {[number for number, _ in batch]}")

@@ -44,7 +44,6 @@ class ReferenceStore:
         self._key = key.encode()
         self._own = folder / f"scores-{process}.sqlite"
         with self._connect(self._own) as connection:
-            connection.execute("PRAGMA journal_mode=WAL")
             connection.execute(
                 "CREATE TABLE IF NOT EXISTS scores (pair BLOB PRIMARY KEY, value REAL) WITHOUT ROWID"
             )

@@ -1,17 +1,12 @@
-"""What all stages share: a Trainer whose model is the encoder, a loss that may use a decoder beside it, and a folder
-in which a run that was interrupted goes on."""
+"""What all stages share: transformers' Trainer with the encoder as its model and a loss that may use a decoder beside
+it."""
 
 from __future__ import annotations
 
-import json
-import logging
 import re
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 try:
     from accelerate import PartialState
@@ -30,42 +25,29 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
-from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer import SCHEDULER_NAME
 
-from ..decoder import FrozenDecoder
 from ..encoder import AutoRegEncoder, compressed_states
-from ..loading import resolve_dtype
 from ..prompt import length_groups, pad_right
-from .arguments import StageArguments
 from .checkpoints import (
-    CheckpointError,
-    check_no_stranger,
-    clean_up,
-    newest_checkpoint,
     publish,
-    remove_all_but,
-    run_of,
     saving,
-    sole_writer,
     staging,
-    sync_files,
     what_is_left,
-    write_json,
 )
-from .data import Rows
 from .distributed import (
     EvenRows,
     alike,
-    check_sharding,
     exact_sharding,
+    finite_everywhere,
     is_filler,
     weights_are_sharded,
     without_fillers,
 )
 
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from .stage import Stage
 
-RECORD = "training.json"
 # Batches of like length are drawn from so many at a time: enough to sort by, few enough to stay random. Small data is
 # drawn from in parts, or every epoch would have the same batches.
 POOL = 50
@@ -75,18 +57,11 @@ Batch = dict[str, Any]
 Key = TypeVar("Key")
 
 
-class Losses(NamedTuple):
-    """What a stage averages over the whole global batch: `values` [m], and the row of the batch that each belongs to,
-    `rows` [m]."""
-
-    values: Tensor
-    rows: Tensor
-
-
 Collate = Callable[[list[tuple[int, Any]]], Batch]
 """Numbered rows -> what `StepLoss` reads, and how many losses it will give."""
-StepLoss = Callable[[nn.Module, Batch], Losses]
-"""(compressor, batch) -> losses."""
+StepLoss = Callable[[nn.Module, Batch], Tensor]
+"""(compressor, batch) -> every row's part of the loss [rows]; their sum is divided by the entries of "labels" in the
+whole global batch."""
 
 
 class Distinct(Generic[Key], Iterable[Key]):
@@ -227,7 +202,6 @@ class StageTrainer(SafeTrainer):
     """
 
     def __init__(self, stage: Stage, collate: Collate, step_loss: StepLoss) -> None:
-        check_sharding(stage.encoder)
         super().__init__(
             model=Compressor(stage.encoder),
             args=stage.trainer_arguments,
@@ -274,14 +248,14 @@ class StageTrainer(SafeTrainer):
         self._check_finite(losses, inputs["numbers"])
         count = inputs["labels"].numel() if num_items_in_batch is None else num_items_in_batch
         counted = 0 if is_filler(inputs["numbers"]) else self.accelerator.num_processes
-        loss = losses.values.sum() / count * counted
+        loss = losses.sum() / count * counted
         return (loss, None) if return_outputs else loss
 
-    def _check_finite(self, losses: Losses, numbers: list[int]) -> None:
-        broken = ~torch.isfinite(losses.values)
+    def _check_finite(self, losses: Tensor, numbers: list[int]) -> None:
+        broken = ~torch.isfinite(losses)
         if not broken.any():
             return
-        rows = sorted({numbers[row] for row in losses.rows[broken].tolist()})
+        rows = sorted({numbers[row] for row in broken.nonzero()[:, 0].tolist()})
         places = ", ".join(self.stage.rows.place(row) for row in rows[:5])
         raise FloatingPointError(
             f"the loss is not finite in step {self.state.global_step + 1} for {len(rows)} of {len(numbers)} rows "
@@ -295,17 +269,11 @@ class StageTrainer(SafeTrainer):
 
     def check_weights(self, model: nn.Module) -> None:
         """FloatingPointError if a weight of `model` is not finite."""
-        if not self._weights_are_finite(model):
+        if not finite_everywhere(model.parameters(), self.accelerator):
             raise FloatingPointError(
                 f"weights are not finite after step {self.state.global_step}, so they were not saved: lower "
                 f"learning_rate; {what_is_left(self.stage.output)}"
             )
-
-    def _weights_are_finite(self, model: nn.Module) -> bool:
-        """All of them, on whichever process they are: all must stop, or the others would wait for the one that did."""
-        own = [getattr(weight, "_local_tensor", weight) for weight in model.parameters()]
-        finite = torch.tensor(all(torch.isfinite(weight).all() for weight in own), device=self.args.device)
-        return bool(self.accelerator.gather(finite).all())
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """Trainer's, but under FSDP without the weights once more, in a pickle."""
@@ -314,8 +282,9 @@ class StageTrainer(SafeTrainer):
             return
         plugin = self.accelerator.state.fsdp_plugin
         save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
+        schedule: Any = self.lr_scheduler
         if self.args.should_save:
-            torch.save(self.lr_scheduler.state_dict(), Path(output_dir, SCHEDULER_NAME))
+            torch.save(schedule.state_dict(), Path(output_dir, SCHEDULER_NAME))
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if not self.args.should_save:
@@ -327,249 +296,9 @@ class StageTrainer(SafeTrainer):
         """Nothing: the weights were loaded before Trainer wrapped or sharded the model."""
 
 
-class Stage:
-    """One run of one stage: who is trained on what, and the folder that remembers how far it is."""
-
-    def __init__(
-        self,
-        name: str,
-        encoder: AutoRegEncoder,
-        decoder: FrozenDecoder | None,
-        rows: Rows[Any],
-        output: str | Path,
-        arguments: StageArguments,
-    ) -> None:
-        """Look into `output`.
-
-        Raises:
-            ValueError: it holds a run of other rows, another model or other settings, or the decoder cannot read the
-                encoder's vectors.
-        """
-        if decoder is not None:
-            check_pair(encoder, decoder)
-        self.encoder = encoder
-        self.decoder = decoder
-        self.rows = rows
-        self.output = Path(output)
-        self.arguments = arguments
-        self._check_output()
-        self.bf16 = computes_in_bf16(encoder, arguments)
-        self.trainer_arguments = trainer_arguments(arguments, self.output, encoder.model.device, self.bf16)
-        place = self.trainer_arguments.device
-        encoder.model.to(place)  # type: ignore[arg-type]
-        if decoder is not None:
-            decoder.to(place)
-        self.identity = {
-            "stage": name,
-            "encoder": encoder.fingerprint,
-            "decoder": None if decoder is None else decoder.fingerprint,
-            "rows": rows.digest,
-            **arguments.identity(),
-            "bf16": self.bf16,
-            "encoder_dtype": str(encoder.model.dtype),
-            "decoder_dtype": None if decoder is None else str(decoder.model.dtype),
-            "processes": self.trainer_arguments.world_size,
-        }
-        self.resumed = newest_checkpoint(self.output)
-        self.record = self._record()
-
-    @property
-    def finished(self) -> bool:
-        """Whether this very run has already ended in `output`."""
-        return self.record is not None
-
-    def autocast(self) -> AbstractContextManager[None]:
-        """The precision of a step's passes."""
-        device = self.trainer_arguments.device.type
-        return torch.autocast(device, torch.bfloat16, enabled=self.bf16)
-
-    def wait(self) -> None:
-        """Until every process has come here."""
-        PartialState().wait_for_everyone()
-
-    def result(self) -> AutoRegEncoder:
-        """The encoder in `output`."""
-        model = self.encoder.model
-        return AutoRegEncoder.from_pretrained(
-            self.output, device=self.trainer_arguments.device, dtype=model.dtype
-        )
-
-    def run(self, collate: Collate, step_loss: StepLoss) -> AutoRegEncoder:
-        """Train, going on from the newest complete checkpoint, and leave the encoder and a record in `output`.
-
-        Raises:
-            CheckpointError: a save failed, or another run is writing into `output`.
-            FloatingPointError: the loss or a weight is not finite.
-            ValueError: `output` holds checkpoints of something else.
-        """
-        self.output.mkdir(parents=True, exist_ok=True)
-        with sole_writer(self.output) if self._leads else nullcontext():
-            if self._leads:
-                self._prepare_output()
-            started = time.monotonic()
-            if self.resumed is not None:
-                logger.info("going on from %s", self.resumed)
-                self.encoder.load_weights(self.resumed)
-            log = self._log_of_all_steps()
-            if log is None:
-                log = self._train(collate, step_loss)
-            elif self._leads:
-                with saving(self.output):
-                    self.encoder.save_pretrained(self.output)
-            if self._leads:
-                with saving(self.output):
-                    self._finish(log, time.monotonic() - started)
-        self.wait()
-        return self.result()
-
-    @property
-    def _leads(self) -> bool:
-        return bool(self.trainer_arguments.process_index == 0)
-
-    def _check_output(self) -> None:
-        """ValueError where the result would take the place of a model that the run needs until its end."""
-        for model in (self.encoder._source, self.encoder.config.decoder):
-            if model is not None and Path(model).resolve() == self.output.resolve():
-                raise ValueError(
-                    f"{self.output} is the model to be trained, or its decoder: give another output folder"
-                )
-
-    def _prepare_output(self) -> None:
-        check_no_stranger(self.output)
-        if (self.output / RECORD).exists() or newest_checkpoint(self.output) != self.resumed:
-            raise CheckpointError(
-                f"another run has written below {self.output} since this one began: run the same command again"
-            )
-        remove_all_but(self.resumed, self.output)
-
-    def _log_of_all_steps(self) -> list[dict[str, float]] | None:
-        """The log in the last checkpoint of all; None if there are steps to go, for Trainer takes one at least."""
-        if self.resumed is None:
-            return None
-        state = TrainerState.load_from_json(str(self.resumed / TRAINER_STATE_NAME))
-        return state.log_history if state.global_step >= state.max_steps else None
-
-    def _train(self, collate: Collate, step_loss: StepLoss) -> list[dict[str, float]]:
-        """Train and save; Trainer's log."""
-        trainer = StageTrainer(self, collate, step_loss)
-        recompute = self.arguments.gradient_checkpointing
-        body: Any = self.encoder.model
-        if recompute:
-            body.gradient_checkpointing_enable({"use_reentrant": False})
-        self._compile()
-        try:
-            trainer.train(resume_from_checkpoint=None if self.resumed is None else str(self.resumed))
-        finally:
-            if recompute:
-                body.gradient_checkpointing_disable()
-            body.train(False)
-        trainer.check_weights(cast(nn.Module, trainer.model))
-        with saving(self.output):
-            trainer.save_model(str(self.output))
-        return trainer.state.log_history
-
-    def _finish(self, log: list[dict[str, float]], seconds: float) -> None:
-        sync_files(self.output)
-        record = {
-            "run": self.identity,
-            "rows": len(self.rows),
-            "seconds": round(seconds, 1),
-            "versions": {name: version(name) for name in ("autoregembed-rag", "torch", "transformers")},
-            "losses": [entry for entry in log if "loss" in entry],
-        }
-        write_json(self.output / RECORD, record)
-        remove_all_but(None, self.output)
-
-    def _compile(self) -> None:
-        if not self.arguments.torch_compile:
-            return
-        self.encoder.model.compile(dynamic=True)
-        if self.decoder is not None:
-            self.decoder.model.base_model.compile(dynamic=True)
-
-    def _record(self) -> dict[str, Any] | None:
-        """What a finished run left; ValueError if that, or a checkpoint, is another run's."""
-        file = self.output / RECORD
-        record = read_record(self.output) if file.exists() else None
-        if record is not None:
-            self._check_same(record["run"], file)
-            if self._leads:
-                clean_up(self.output)
-        elif self.resumed is not None:
-            self._check_same(run_of(self.resumed), self.resumed)
-        return record
-
-    def _check_same(self, found: dict[str, Any], where: Path) -> None:
-        other = {
-            name for name in self.identity.keys() | found.keys() if self.identity.get(name) != found.get(name)
-        }
-        if other:
-            changes = ", ".join(
-                f"{name} {found.get(name)!r} -> {self.identity.get(name)!r}" for name in sorted(other)
-            )
-            raise ValueError(
-                f"{where} is of another run ({changes}): give another output folder, go on with the same settings, or "
-                "remove it"
-            )
-
-
-def trainer_arguments(
-    settings: StageArguments, output: Path, device: torch.device, bf16: bool
-) -> TrainingArguments:
-    """`settings` in the words of transformers' Trainer."""
-    arguments = TrainingArguments(
-        output_dir=str(output),
-        per_device_train_batch_size=settings.batch_size,
-        gradient_accumulation_steps=settings.gradient_accumulation_steps,
-        num_train_epochs=settings.epochs,
-        max_steps=settings.max_steps or -1,
-        learning_rate=settings.learning_rate,
-        lr_scheduler_type=settings.lr_scheduler,
-        warmup_steps=settings.warmup_ratio,
-        optim=settings.optim,
-        weight_decay=settings.weight_decay,
-        max_grad_norm=settings.max_grad_norm,
-        bf16=bf16,
-        use_cpu=device.type == "cpu",
-        seed=settings.seed,
-        logging_steps=settings.logging_steps,
-        logging_nan_inf_filter=False,
-        remove_unused_columns=False,
-        report_to=settings.report_to,
-        save_strategy="no" if settings.save_steps is None else "steps",
-        save_steps=settings.save_steps or 500,
-        ddp_find_unused_parameters=False,
-    )
-    # One process drives one GPU; `torchrun` or `accelerate launch` start one for each.
-    arguments._n_gpu = min(arguments.n_gpu, 1)
-    return arguments
-
-
-def read_record(output: str | Path) -> dict[str, Any]:
-    """What a finished stage left in its output folder: settings, rows, seconds, versions, losses."""
-    file = Path(output, RECORD)
-    record = json.loads(file.read_text(encoding="utf-8"))
-    if not isinstance(record, dict) or not isinstance(record.get("run"), dict):
-        raise ValueError(
-            f"{file} is no record of a training run: give another output folder, or move it away"
-        )
-    return record
-
-
-def computes_in_bf16(encoder: AutoRegEncoder, arguments: StageArguments) -> bool:
-    """What `bf16` means on the encoder's device."""
-    if arguments.bf16 is not None:
-        return arguments.bf16
-    return resolve_dtype("auto", encoder.model.device) == torch.bfloat16
-
-
-def check_pair(encoder: AutoRegEncoder, decoder: FrozenDecoder) -> None:
-    """ValueError if the decoder cannot read the encoder's vectors."""
-    if encoder.hidden_size != decoder.hidden_size:
-        raise ValueError(
-            f"the encoder's vectors have {encoder.hidden_size} dimensions and the decoder reads "
-            f"{decoder.hidden_size}: use the base model that the encoder was made from"
-        )
+def wait_for_everyone() -> None:
+    """Until every process has come here."""
+    PartialState().wait_for_everyone()
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -175,9 +175,9 @@ KINDS = ["log_probs", "kl", "js"]
 
 def score(decoder: FrozenDecoder, kind: str, given: Tensor, targets: list[list[int]]) -> Tensor:
     if kind == "log_probs":
-        return decoder.token_log_probs(given, targets).values
+        return decoder.target_log_probs(given, targets)
     divergence = {"kl": kl_divergence, "js": js_divergence}[kind]
-    return decoder.token_divergences(given, given.flip(0), targets, divergence).values
+    return decoder.target_divergences(given, given.flip(0), targets, divergence)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tiny_models import SIZES, build_tokenizer, tiny_llama
 from transformers import (
     CohereConfig,
@@ -19,7 +22,9 @@ from transformers import (
 )
 
 from autoregembed_rag import AutoRegEncoder, FrozenDecoder, chunked
-from autoregembed_rag.prompt import TextTokenizer
+from autoregembed_rag import decoder as decoder_module
+from autoregembed_rag.losses import js_divergence, kl_divergence
+from autoregembed_rag.prompt import GROUP_COST, TextTokenizer, length_groups
 
 TEXTS = ["A quick fox.", "Vitamin C is found in oranges.", "the river bank", ""]
 TARGETS = ["Oranges hold vitamin C.", "", "🙂 </s> fox", "A reader writes the answer."]
@@ -128,7 +133,7 @@ def test_gradients_reach_the_compressed_vectors_alone(
 ):
     monkeypatch.setattr(chunked, "LOGIT_ROWS", 5)  # several pieces
     states = torch.from_numpy(encoder.compress(TEXTS)).requires_grad_()
-    scores = decoder.token_log_probs(states, decoder.target_ids(TARGETS)).summed(4)
+    scores = decoder.target_log_probs(states, decoder.target_ids(TARGETS))
     scores.sum().backward()
     plain = torch.from_numpy(encoder.compress(TEXTS)).requires_grad_()
     expected = [
@@ -141,14 +146,126 @@ def test_gradients_reach_the_compressed_vectors_alone(
     assert all(weight.grad is None for weight in decoder.parameters())
 
 
-def test_token_log_probs_name_the_row_of_every_token(decoder: FrozenDecoder, encoder: AutoRegEncoder):
-    targets = [[5, 6, 7], [8], [9, 10]]
-    found = decoder.token_log_probs(torch.from_numpy(encoder.compress(TEXTS[:3])), targets)
-    assert found.rows.tolist() == [0, 0, 0, 1, 2, 2]
-    assert (found.values < 0).all()
-    np.testing.assert_allclose(
-        found.summed(3), [found.values[:3].sum(), found.values[3], found.values[4:].sum()], rtol=1e-6
-    )
+# So different in length that they run in several groups, in another order than they are given.
+UNEVEN = [[7, 8], [5] * 90, [9], [6] * 50, [4, 3, 2] * 20, [5] * 3, [8] * 40, [1]] * 4
+
+
+def score(decoder: FrozenDecoder, kind: str, given: torch.Tensor, targets) -> torch.Tensor:
+    """Either kind of value for every target; the divergence is between each e_c and its mirror image."""
+    if kind == "log_probs":
+        return decoder.target_log_probs(given, targets)
+    divergence = {"kl": kl_divergence, "js": js_divergence}[kind]
+    return decoder.target_divergences(given, -given, targets, divergence)
+
+
+@pytest.fixture(scope="module")
+def uneven_states(encoder: AutoRegEncoder) -> torch.Tensor:
+    return torch.from_numpy(encoder.compress([f"text number {i}" for i in range(len(UNEVEN))]))
+
+
+@pytest.mark.parametrize("kind", ["log_probs", "kl", "js"])
+def test_values_come_in_the_order_of_the_targets_however_they_are_grouped(
+    kind, decoder: FrozenDecoder, uneven_states: torch.Tensor
+):
+    assert len(length_groups([len(ids) for ids in UNEVEN])) > 2
+    together = score(decoder, kind, uneven_states, UNEVEN)
+    alone = [score(decoder, kind, uneven_states[i : i + 1], [ids]) for i, ids in enumerate(UNEVEN)]
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-4)
+    order = torch.randperm(len(UNEVEN), generator=torch.Generator().manual_seed(0))
+    shuffled = score(decoder, kind, uneven_states[order], [UNEVEN[i] for i in order])
+    torch.testing.assert_close(shuffled, together[order], rtol=1e-4, atol=1e-3)
+
+
+def test_the_first_vectors_are_the_first_argument_of_a_divergence(
+    decoder: FrozenDecoder, uneven_states: torch.Tensor
+):
+    first, second, targets = uneven_states[:3], uneven_states[3:6], UNEVEN[:3]
+    found = decoder.target_divergences(first, second, targets, kl_divergence)
+    embed = decoder.model.get_input_embeddings()
+    for row, ids in enumerate(targets):
+        logits = []
+        for states in (first[row], second[row]):
+            read = torch.cat([states, embed(torch.tensor(ids[:-1], dtype=torch.long))])
+            logits.append(decoder.model(inputs_embeds=read[None]).logits[0, 4:].detach().double())
+        p, q = (table.softmax(-1) for table in logits)
+        expected = (p * (p / q).log()).sum(-1).mean().item()
+        assert found[row].item() == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["log_probs", "kl", "js"])
+def test_activations_exist_for_one_group_at_a_time_and_are_computed_once(
+    kind, decoder: FrozenDecoder, uneven_states: torch.Tensor, monkeypatch
+):
+    passes: list[int] = []
+
+    def record(_, __, keywords: dict) -> None:
+        rows, read, _ = keywords["inputs_embeds"].shape
+        passes.append(rows * (read - given.shape[1] + 1))
+
+    handle = decoder.model.base_model.register_forward_pre_hook(record, with_kwargs=True)
+    both = 1 if kind == "log_probs" else 2
+    found = {}
+    for most in (10**6, 130):
+        monkeypatch.setattr(decoder_module, "GROUP_TOKENS", most)
+        given = uneven_states.clone().requires_grad_()
+        values = score(decoder, kind, given, UNEVEN)
+        forward = len(passes)
+        kept = kept_for_backward(values)
+        assert kept == given.shape, "nothing is kept but the gradient"
+        values.square().sum().backward()
+        assert len(passes) == forward, "the backward pass computes nothing again"
+        assert max(passes) <= both * most
+        found[most] = (values.detach(), given.grad)
+        passes.clear()
+    handle.remove()
+    torch.testing.assert_close(found[130][0], found[10**6][0], rtol=1e-4, atol=1e-4)
+    error = (found[130][1] - found[10**6][1]).norm() / found[10**6][1].norm()
+    assert error < 1e-4
+
+
+def kept_for_backward(values: torch.Tensor) -> torch.Size:
+    """The shape of all that the graph behind `values` holds, if it is one node over its inputs."""
+    shapes = {tensor.shape for tensor in values.grad_fn.saved_tensors}
+    (shape,) = shapes
+    return shape
+
+
+def test_a_float64_model_keeps_float64(tiny_base: Path, encoder: AutoRegEncoder):
+    wide = FrozenDecoder.from_pretrained(tiny_base, device="cpu", dtype="float64")
+    given = torch.from_numpy(encoder.compress(TEXTS)).double().requires_grad_()
+    for kind in ("log_probs", "kl", "js"):
+        found = score(wide, kind, given, wide.target_ids(TARGETS))
+        assert found.dtype == torch.float64
+        (gradient,) = torch.autograd.grad(found.sum(), given)
+        assert gradient.dtype == torch.float64
+    assert wide.log_prob(given.detach(), TARGETS).dtype == np.float32
+
+
+LENGTHS = st.lists(st.integers(0, 600), max_size=40)
+
+
+@settings(max_examples=200, deadline=None)
+@given(lengths=LENGTHS, most=st.none() | st.integers(1, 2000))
+def test_length_groups_hold_every_row_once_longest_first(lengths, most):
+    groups = length_groups(lengths, most=most)
+    in_order = [i for group in groups for i in group]
+    assert sorted(in_order) == [*range(len(lengths))]
+    found = [lengths[i] for i in in_order]
+    assert found == sorted(found, reverse=True)
+    for group in groups:
+        longest = lengths[group[0]]
+        assert sum(longest - lengths[i] for i in group) <= GROUP_COST
+        assert most is None or longest * len(group) <= most or len(group) == 1
+
+
+@settings(max_examples=50, deadline=None)
+@given(lengths=LENGTHS, most=st.none() | st.integers(1, 2000))
+def test_length_groups_are_no_more_than_padding_and_memory_ask_for(lengths, most):
+    groups = length_groups(lengths, most=most)
+    for group, following in pairwise(groups):
+        one_more = [lengths[i] for i in (*group, following[0])]
+        padding = sum(one_more[0] - length for length in one_more)
+        assert padding > GROUP_COST or (most is not None and one_more[0] * len(one_more) > most)
 
 
 def test_a_bfloat16_model_sums_in_float32(tiny_base: Path, encoder: AutoRegEncoder):
@@ -156,8 +273,8 @@ def test_a_bfloat16_model_sums_in_float32(tiny_base: Path, encoder: AutoRegEncod
     assert half.model.dtype == torch.bfloat16
     compressed = torch.from_numpy(encoder.compress(["A quick fox."]))
     ids = half.target_ids(["Oranges, lemons and green peppers. " * 20])
-    found = half.token_log_probs(compressed, ids)
-    assert found.values.dtype == torch.float32
+    found = half.target_log_probs(compressed, ids)
+    assert found.dtype == torch.float32
     with torch.no_grad():
         embedded = half.model.get_input_embeddings()(torch.tensor(ids))
         read = torch.cat([compressed.bfloat16(), embedded[:, :-1]], dim=1)
@@ -165,7 +282,7 @@ def test_a_bfloat16_model_sums_in_float32(tiny_base: Path, encoder: AutoRegEncod
     expected = logits.log_softmax(dim=-1)[torch.arange(90), torch.tensor(ids[0])].sum().item()
     # bfloat16 cannot tell numbers of this size apart by less than 2.
     assert expected < -256
-    assert found.summed(1).item() == pytest.approx(expected, abs=1e-2)
+    assert found.item() == pytest.approx(expected, abs=1e-2)
 
 
 def test_a_checkpoint_of_another_size_is_named(decoder: FrozenDecoder):

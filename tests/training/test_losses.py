@@ -12,6 +12,8 @@ from autoregembed_rag.losses import (
     conditional_distribution_alignment_loss,
     divergence_alignment_loss,
     information_compression_loss,
+    js_divergence,
+    kl_divergence,
 )
 
 RELATIVE = 1e-6
@@ -131,6 +133,73 @@ def test_divergence_loss_is_minus_sigmoid_in_the_same_softmax():
     assert found.item() == pytest.approx(sum(expected) / 2, rel=RELATIVE)
 
 
+def test_divergence_gradients_agree_with_finite_differences():
+    inputs = torch.tensor([0.3, 2.0]).double(), torch.tensor([[0.5, 4.0, 0.0], [1.0, 0.1, 3.0]]).double()
+    assert torch.autograd.gradcheck(divergence_alignment_loss, tuple(x.requires_grad_() for x in inputs))
+    logits = random_logits(8), random_logits(9)
+    for divergence in (kl_divergence, js_divergence):
+        between = lambda a, b: divergence(a.log_softmax(-1), b.log_softmax(-1))  # noqa: B023, E731
+        assert torch.autograd.gradcheck(between, tuple(x.requires_grad_() for x in logits))
+
+
+def random_logits(seed: int) -> torch.Tensor:
+    return torch.randn(3, 7, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 3
+
+
+def plain_kl(p: list[float], q: list[float]) -> float:
+    return math.fsum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
+
+
+def test_divergences_are_those_of_the_textbook_in_nats():
+    one, other = random_logits(8).softmax(-1), random_logits(9).softmax(-1)
+    middle = ((one + other) / 2).tolist()
+    kl, back = (kl_divergence(a.log(), b.log()) for a, b in ((one, other), (other, one)))
+    js = js_divergence(one.log(), other.log())
+    for row, (p, q, m) in enumerate(zip(one.tolist(), other.tolist(), middle, strict=True)):
+        assert kl[row].item() == pytest.approx(plain_kl(p, q), rel=1e-12)
+        assert back[row].item() == pytest.approx(plain_kl(q, p), rel=1e-12)
+        assert js[row].item() == pytest.approx((plain_kl(p, m) + plain_kl(q, m)) / 2, rel=1e-12)
+    assert not torch.allclose(kl, back), "the first argument is the one that weighs"
+    torch.testing.assert_close(js, js_divergence(other.log(), one.log()))
+    certain = torch.tensor([[200.0, 0, 0], [0, 200.0, 0]]).log_softmax(-1)
+    assert js_divergence(certain[0], certain[1]).item() == pytest.approx(math.log(2), rel=1e-6)
+    assert kl_divergence(certain[0], certain[1]).item() == pytest.approx(200, rel=1e-6)
+    assert kl_divergence(certain[0], certain[0]).item() == js_divergence(certain[0], certain[0]).item() == 0
+
+
+@pytest.mark.parametrize("similarity", ["sigmoid", "log_sigmoid"])
+def test_scores_of_long_texts_overflow_nowhere(similarity):
+    """Sums over long texts differ by thousands of nats from one model to another."""
+    far = {name: value * 1e3 for name, value in float64(scores(seed=10, batch=4, negatives=2)).items()}
+    inputs = {name: value.float().requires_grad_() for name, value in far.items()}
+    loss = conditional_distribution_alignment_loss(**inputs, similarity=similarity)
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert all(torch.isfinite(value.grad).all() for value in inputs.values())
+    sigma = sigmoid if similarity == "sigmoid" else log_sigmoid
+    expected = equation_2(
+        **{name: value.tolist() for name, value in far.items()}, beta=0.1, tau=0.1, sigma=sigma
+    )
+    assert loss.item() == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+
+def test_without_reduction_every_query_has_its_own_loss():
+    values = float64(scores(seed=11, batch=3, negatives=2))
+    each = conditional_distribution_alignment_loss(**values, reduction="none")
+    alone = [
+        conditional_distribution_alignment_loss(**{name: value[i : i + 1] for name, value in values.items()})
+        for i in range(3)
+    ]
+    torch.testing.assert_close(each, torch.stack(alone))
+    assert conditional_distribution_alignment_loss(**values).item() == pytest.approx(each.mean().item())
+    pos, neg = torch.rand(3), torch.rand(3, 2)
+    each = divergence_alignment_loss(pos, neg, reduction="none")
+    alone = [divergence_alignment_loss(pos[i : i + 1], neg[i : i + 1]) for i in range(3)]
+    torch.testing.assert_close(each, torch.stack(alone))
+    with pytest.raises(ValueError, match="reduction must be 'mean' or 'none', not 'sum'"):
+        divergence_alignment_loss(pos, neg, reduction="sum")
+
+
 def test_compression_loss_is_the_mean_over_tokens_of_minus_log_p():
     rng = random.Random(5)
     logits = [[rng.gauss(0, 3) for _ in range(11)] for _ in range(7)]
@@ -140,8 +209,8 @@ def test_compression_loss_is_the_mean_over_tokens_of_minus_log_p():
         expected -= (row[target] - math.log(sum(math.exp(x) for x in row))) / 7
     log_probs = torch.tensor(logits, dtype=torch.float64).log_softmax(-1)[range(7), targets]
     assert information_compression_loss(log_probs).item() == pytest.approx(expected, rel=RELATIVE)
-    each = information_compression_loss(log_probs, reduction="none")
-    assert torch.equal(each, -log_probs)
+    of_targets, tokens = torch.stack([log_probs[:3].sum(), log_probs[3:].sum()]), torch.tensor([3, 4])
+    assert information_compression_loss(of_targets, tokens).item() == pytest.approx(expected, rel=RELATIVE)
 
 
 def test_half_precision_scores_are_computed_in_float32():

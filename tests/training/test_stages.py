@@ -208,7 +208,7 @@ def test_reference_scores_are_the_starting_models_log_probabilities(pair, tmp_pa
     interrupted(
         lambda: train_alignment(encoder, decoder, ALIGNMENT, tmp_path, alignment_arguments()), 0, monkeypatch
     )
-    key = repr([encoder.fingerprint, decoder.fingerprint, False, False])
+    key = repr([encoder.fingerprint, "torch.float32", decoder.fingerprint, "torch.float32", False, False])
     store = ReferenceStore(tmp_path / "reference", key)
     for getter, scores in zip((positive, negative), expected, strict=True):
         found = store.scores([Pair(row.query, getter(row)) for row in ALIGNMENT])

@@ -1,0 +1,351 @@
+"""Fine-tuning on somebody's own corpus: data, a plan, the stages, and whether retrieval became better.
+
+Notable decisions:
+- better is what `evaluation.compare` calls better, on documents or queries that training never saw; a model that is
+  not is kept for inspection and never called better;
+- one process; a run that was killed goes on in the same output folder with the plan that it began with, and its scores
+  before training are measured once;
+- every stage starts from the folder that the one before it left, so that at no time are two encoders in memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import logging
+import os
+import random
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, cast
+
+from transformers import AutoTokenizer
+
+from ..config import CONFIG_NAME
+from ..decoder import FrozenDecoder
+from ..encoder import AutoRegEncoder
+from ..loading import resolve_folder
+from ..weights import is_adapter
+from .alignment import train_alignment
+from .arguments import AlignmentArguments, CompressionArguments, ContrastArguments, StageArguments
+from .checkpoints import sole_writer, write_json
+from .compression import train_compression
+from .contrast import train_contrast
+from .corpus import CorpusArguments, Prepared, prepare, prepare_documents, prepare_judged
+from .curves import new_figure
+from .data import Rows, alignment_rows, compression_rows
+from .documents import Document
+from .evaluation import Scores, compare, retrieval_score
+from .finetune_report import REPORT, FinetuneReport, read_facts
+from .judged import Judged
+from .lora import LoraArguments, lora_pair
+from .planning import Plan, StagePlan, measure_evaluation, measure_stage, plan_stages
+from .stage import read_record
+
+logger = logging.getLogger(__name__)
+
+PLAN = "plan.json"
+BEFORE = "before.json"
+STAGES = "stages"
+EVENTS = "runs"
+
+Source = str | Path | Sequence[Document] | Judged
+"""A path as `corpus.prepare` takes it, documents, or a judged corpus whose train queries are also held out from."""
+
+
+@dataclass(frozen=True)
+class FinetuneArguments:
+    """How to fine-tune; a stage that is None is left out.
+
+    Attributes:
+        compression: stage 1, at the paper's rate.
+        alignment: stage 2, at the paper's rate.
+        contrast: a last stage that trains the cosines of retrieval, which the paper does not have.
+        minutes: for everything together; most of it goes to the contrast stage. None: all epochs of every stage.
+        held_out: share of the documents, or of labelled queries, that training does not see.
+        max_tokens: of a passage; None is as many as the encoder reads.
+        use_labels: False takes the documents of a BEIR folder alone.
+        lora: rank of an adapter to train instead of all weights; the result is merged. Needs a base language model or
+            a checkpoint that is an adapter. None: all weights.
+        seed: decides what is held out, which rows a short stage reads, and everything that the stages draw.
+    """
+
+    compression: CompressionArguments | None = field(default_factory=CompressionArguments)
+    alignment: AlignmentArguments | None = field(default_factory=AlignmentArguments)
+    contrast: ContrastArguments | None = field(default_factory=ContrastArguments)
+    minutes: float | None = None
+    held_out: float = 0.1
+    max_tokens: int | None = None
+    use_labels: bool = True
+    lora: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.stages:
+            raise ValueError("no stage is left to train: give compression, alignment or contrast")
+        if self.minutes is not None and not self.minutes > 0:
+            raise ValueError(f"minutes must be above 0, not {self.minutes}")
+        if not 0 < self.held_out < 1:
+            raise ValueError(f"held_out must be between 0 and 1, not {self.held_out}: 0.1 holds out a tenth")
+
+    @property
+    def stages(self) -> dict[str, StageArguments]:
+        """The stages that run, in order, under the seed of the whole."""
+        chosen = {"compression": self.compression, "alignment": self.alignment, "contrast": self.contrast}
+        return {name: replace(s, seed=self.seed) for name, s in chosen.items() if s is not None}
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the result."""
+        whole = ("minutes", "held_out", "max_tokens", "use_labels", "lora", "seed")
+        stages = dict.fromkeys(("compression", "alignment", "contrast"))
+        return {
+            **{name: getattr(self, name) for name in whole},
+            **stages,
+            **{name: settings.identity() for name, settings in self.stages.items()},
+        }
+
+
+def finetune(
+    source: Source,
+    output: str | Path,
+    model: str | Path = "mini",
+    arguments: FinetuneArguments | None = None,
+    *,
+    device: str = "auto",
+    announce: Callable[[str], object] = logger.info,
+) -> FinetuneReport:
+    """Fine-tune `model` on a corpus and measure on a held-out part of it whether retrieval became better.
+
+    The corpus is held in memory. An interrupted run goes on with the same call; a finished one returns its report.
+
+    Args:
+        source: a folder or file of documents, labelled pairs, a BEIR folder (see `corpus.prepare`), or documents or a
+            judged corpus in memory.
+        output: folder for the checkpoint, `report.json`, `losses.png` and TensorBoard's events in `runs`; new or empty.
+        model: a checkpoint (bundled name, folder or hub id), or a base language model.
+        arguments: what to train and how long; by default all three stages.
+        device: "auto", "cpu", "cuda", "cuda:1", "mps".
+        announce: is given the plan as text, before anything is trained.
+
+    Returns:
+        Scores before and after; the trained encoder is in `output`.
+
+    Raises:
+        ImportError: matplotlib or ir-measures is missing; both come with the extra `train`.
+        FileNotFoundError: there is no such path or model.
+        ValueError: the path holds nothing to train on or too little to hold out; `output` holds something else, or a
+            run of other data or settings; this is one of several processes.
+        FloatingPointError, MemoryError, CheckpointError: as `train_compression` does.
+    """
+    arguments = arguments or FinetuneArguments()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(
+            "finetune runs in one process: under torchrun use train_compression and train_alignment"
+        )
+    new_figure(1)  # says now, not after the training, that matplotlib is missing
+    output = Path(output)
+    _check_output(output)
+    output.mkdir(parents=True, exist_ok=True)
+    with sole_writer(output):
+        return _Run(source, output, model, arguments, device).finish(announce)
+
+
+class _Run:
+    """One call: what was prepared, and where it is written."""
+
+    def __init__(
+        self, source: Source, output: Path, model: str | Path, arguments: FinetuneArguments, device: str
+    ) -> None:
+        self.output, self.model, self.arguments, self.device = output, model, arguments, device
+        self.encoder = _encoder(model, device)
+        self.prepared = _prepared(source, self.encoder, arguments)
+        self.rows: dict[str, Rows[Any]] = {
+            "compression": compression_rows(self.prepared.compression),
+            "alignment": (pairs := alignment_rows(self.prepared.alignment)),
+            "contrast": pairs,
+        }
+        self.identity = {
+            "model": self.encoder.fingerprint,
+            "data": self._digest(),
+            **arguments.identity(),
+        }
+
+    def finish(self, announce: Callable[[str], object]) -> FinetuneReport:
+        """Do what is left to do."""
+        plan = self._plan()
+        if (self.output / REPORT).exists():
+            shutil.rmtree(self.output / STAGES, ignore_errors=True)
+            return FinetuneReport.load(self.output)
+        announce(str(plan))
+        started = time.monotonic()
+        before = self._before()
+        del self.encoder
+        last: str | Path = self.model
+        for stage in plan.stages:
+            last = self._train(stage, last)
+        AutoRegEncoder.from_pretrained(last, device="cpu", dtype="float32").save_pretrained(self.output)
+        trained = AutoRegEncoder.from_pretrained(self.output, device=self.device, dtype="float32")
+        after = retrieval_score(trained, self.prepared.evaluation, show_progress=True)
+        report = FinetuneReport(
+            before=before,
+            after=after,
+            comparison=compare(before, after, seed=self.arguments.seed),
+            plan=plan,
+            losses={s.name: read_record(self._folder(s.name))["losses"] for s in plan.stages},
+            seconds=time.monotonic() - started,
+        )
+        report.save(self.output)
+        shutil.rmtree(self.output / STAGES)
+        return report
+
+    def _digest(self) -> str:
+        evaluation = self.prepared.evaluation
+        held_out = json.dumps([dict(evaluation.queries), dict(evaluation.corpus), dict(evaluation.qrels)])
+        parts = [self.rows["compression"].digest, self.rows["alignment"].digest, held_out]
+        return hashlib.blake2b("\n".join(parts).encode(), digest_size=8).hexdigest()
+
+    def _folder(self, stage: str) -> Path:
+        return self.output / STAGES / stage
+
+    def _plan(self) -> Plan:
+        """The plan that this run began with, or a new one."""
+        file = self.output / PLAN
+        if file.exists():
+            found = read_facts(file)
+            self._check_same(found["run"])
+            return Plan.from_facts(found["plan"])
+        plan = self._new_plan()
+        write_json(file, {"run": self.identity, "plan": plan.facts})
+        return plan
+
+    def _new_plan(self) -> Plan:
+        stages = self.arguments.stages
+        evaluation = 2 * measure_evaluation(self.encoder, self.prepared.evaluation)
+        encoder, decoder = _pair(self.model, self.arguments, self.device, decoder=set(stages) != {"contrast"})
+        speeds = {
+            name: measure_stage(encoder, None if name == "contrast" else decoder, self.rows[name], settings)
+            for name, settings in stages.items()
+        }
+        minutes = self.arguments.minutes
+        budget = None if minutes is None else 60 * minutes - evaluation
+        planned = plan_stages({name: len(self.rows[name]) for name in stages}, stages, speeds, budget)
+        return Plan(self.prepared.kind, self.prepared.counts, planned, evaluation)
+
+    def _check_same(self, found: Mapping[str, Any]) -> None:
+        here = json.loads(json.dumps(self.identity))
+        other = sorted(name for name in here.keys() | found.keys() if here.get(name) != found.get(name))
+        if other:
+            changes = ", ".join(f"{name} {found.get(name)!r} -> {here.get(name)!r}" for name in other)
+            raise ValueError(
+                f"{self.output} holds a run of other data or settings ({changes}): give another output folder, or "
+                "remove it"
+            )
+
+    def _before(self) -> Scores:
+        """Measured once for all calls that go on in this folder."""
+        file = self.output / BEFORE
+        if file.exists():
+            return Scores(read_facts(file))
+        scores = retrieval_score(self.encoder, self.prepared.evaluation, show_progress=True)
+        write_json(file, dict(scores.per_query))
+        return scores
+
+    def _train(self, stage: StagePlan, start: str | Path) -> Path:
+        """Run a stage from the model `start`; the folder of what came out."""
+        folder = self._folder(stage.name)
+        reports = "tensorboard" if importlib.util.find_spec("tensorboard") else "none"
+        settings = replace(stage.apply(self.arguments.stages[stage.name]), report_to=reports)
+        rows = self._rows(stage)
+        encoder, decoder = _pair(start, self.arguments, self.device, decoder=stage.name != "contrast")
+        with _events(self.output / EVENTS / stage.name):
+            if stage.name == "contrast":
+                train_contrast(encoder, rows, folder, cast(ContrastArguments, settings))
+            else:
+                assert decoder is not None  # noqa: S101
+                if stage.name == "alignment":
+                    train_alignment(encoder, decoder, rows, folder, cast(AlignmentArguments, settings))
+                else:
+                    train_compression(encoder, decoder, rows, folder, cast(CompressionArguments, settings))
+        return folder
+
+    def _rows(self, stage: StagePlan) -> Rows[Any]:
+        """All rows of a stage, or a random part of them where it is too short for all."""
+        rows = self.rows[stage.name]
+        if stage.rows == len(rows):
+            return rows
+        chosen = random.Random(self.arguments.seed).sample(range(len(rows)), stage.rows)
+        part = [rows[i] for i in sorted(chosen)]
+        return compression_rows(part) if stage.name == "compression" else alignment_rows(part)
+
+
+def _prepared(source: Source, encoder: AutoRegEncoder, arguments: FinetuneArguments) -> Prepared:
+    most = encoder.max_text_tokens
+    settings = CorpusArguments(
+        count_tokens=encoder.count_tokens,
+        max_tokens=most if arguments.max_tokens is None else min(most, arguments.max_tokens),
+        seed=arguments.seed,
+        held_out=arguments.held_out,
+        query_instruction=encoder.config.query_instruction,
+        document_instruction=encoder.config.document_instruction,
+    )
+    if isinstance(source, Judged):
+        return prepare_judged(source, settings)
+    if isinstance(source, str | Path):
+        return prepare(source, settings, use_labels=arguments.use_labels)
+    return prepare_documents(source, settings)
+
+
+def _check_output(output: Path) -> None:
+    """ValueError where `output` holds anything but a run of this kind."""
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"{output} is a file: give a folder")
+    if output.is_dir() and any(output.iterdir()) and not (output / PLAN).exists():
+        raise ValueError(f"{output} is not empty and holds no fine-tuning run: give a new or empty folder")
+
+
+def _is_base(model: str | Path) -> bool:
+    """Is `model` a plain language model, with no compressed tokens?"""
+    folder = resolve_folder(model)
+    if (folder / CONFIG_NAME).is_file() or is_adapter(folder):
+        return False
+    return "<EMBED0>" not in AutoTokenizer.from_pretrained(folder).get_vocab()
+
+
+def _encoder(model: str | Path, device: str) -> AutoRegEncoder:
+    """The whole encoder, an adapter merged; from a base language model an untrained one."""
+    if _is_base(model):
+        return AutoRegEncoder.from_base(model, device=device, dtype="float32")
+    return AutoRegEncoder.from_pretrained(model, device=device, dtype="float32")
+
+
+def _pair(
+    model: str | Path, arguments: FinetuneArguments, device: str, *, decoder: bool
+) -> tuple[AutoRegEncoder, FrozenDecoder | None]:
+    """The encoder to train and, if asked for, its decoder."""
+    if arguments.lora is not None:
+        adapter = LoraArguments(rank=arguments.lora, alpha=2 * arguments.lora, seed=arguments.seed)
+        return lora_pair(model, adapter, device=device)
+    return (
+        _encoder(model, device),
+        FrozenDecoder.from_pretrained(model, device=device) if decoder else None,
+    )
+
+
+@contextmanager
+def _events(folder: Path) -> Iterator[None]:
+    """Inside, TensorBoard's events go to `folder`: Trainer takes it from the environment alone."""
+    name = "TENSORBOARD_LOGGING_DIR"
+    earlier = os.environ.get(name)
+    os.environ[name] = str(folder)
+    try:
+        yield
+    finally:
+        if earlier is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = earlier

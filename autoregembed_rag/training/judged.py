@@ -1,0 +1,97 @@
+"""A judged corpus in BEIR's format: corpus.jsonl, queries.jsonl, qrels/train.tsv and perhaps qrels/dev.tsv."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from .passages import joined
+from .sources import numbered_rows
+
+logger = logging.getLogger(__name__)
+
+Qrels = Mapping[str, Mapping[str, int]]
+"""Query id -> document id -> grade; above 0 is relevant."""
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Documents (id -> title and text), queries (id -> text) and the judgements to train on and to hold out.
+
+    Every query of `train` and `dev` has a relevant document in `corpus`; `dev` is empty if there is no dev.tsv.
+    """
+
+    corpus: Mapping[str, str]
+    queries: Mapping[str, str]
+    train: Qrels
+    dev: Qrels
+
+
+def read_judged(folder: str | Path) -> Judged:
+    """Read a BEIR folder; what test.tsv judges is not read, and documents without text are left out.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a line is malformed, an id occurs twice, or a judged query does not exist; file and line are named.
+    """
+    folder = Path(folder)
+    corpus = _texts(folder / "corpus.jsonl", titled=True)
+    queries = _texts(folder / "queries.jsonl", titled=False)
+    train = _qrels(folder / "qrels" / "train.tsv", queries, corpus)
+    dev_file = folder / "qrels" / "dev.tsv"
+    dev = _qrels(dev_file, queries, corpus) if dev_file.is_file() else {}
+    return Judged({key: text for key, text in corpus.items() if text}, queries, train, dev)
+
+
+def _texts(file: Path, *, titled: bool) -> dict[str, str]:
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"{file} does not exist; a judged BEIR folder has corpus.jsonl and queries.jsonl"
+        )
+    texts: dict[str, str] = {}
+    for number, row in numbered_rows(file):
+        fields = [row.get("_id"), row.get("text"), (row.get("title") or "") if titled else ""]
+        for name, value in zip(("_id", "text", "title"), fields, strict=True):
+            if not isinstance(value, str):
+                raise ValueError(
+                    f"{file}, line {number}: field {name!r} must be a text, not {type(value).__name__}"
+                )
+        key, text, title = map(str, fields)
+        if key in texts:
+            raise ValueError(f"{file}, line {number}: the _id {key!r} occurs twice; ids must be unique")
+        texts[key] = joined(title.strip(), (), text.strip())
+    return texts
+
+
+def _qrels(file: Path, queries: Mapping[str, str], corpus: Mapping[str, str]) -> dict[str, dict[str, int]]:
+    """The judgements of existing documents with text, of queries with a relevant one among them."""
+    qrels: dict[str, dict[str, int]] = {}
+    missing = 0
+    with file.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if (number == 1 and line.startswith("query-id")) or not line.strip():
+                continue
+            query, document, grade = _judgement(line, f"{file}, line {number}")
+            if not queries.get(query):
+                raise ValueError(
+                    f"{file}, line {number}: query {query!r} is not in queries.jsonl or has no text"
+                )
+            if corpus.get(document):
+                qrels.setdefault(query, {})[document] = grade
+            else:
+                missing += 1
+    if missing:
+        logger.warning("%s judges %d documents that are not in corpus.jsonl or have no text", file, missing)
+    return {query: grades for query, grades in qrels.items() if max(grades.values()) > 0}
+
+
+def _judgement(line: str, place: str) -> tuple[str, str, int]:
+    try:
+        query, document, grade = line.rstrip("\r\n").split("\t")
+        return query, document, int(grade)
+    except ValueError:
+        raise ValueError(
+            f"{place}: expected query-id, corpus-id and a whole-number score separated by tabs, found {line.rstrip()!r}"
+        ) from None
