@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from .cli_finetune import finetune
 from .cli_index import index, search
 from .cli_mine import mine
 from .cli_train import train
@@ -15,3 +16,4 @@ app.add_typer(train, name="train")
 app.add_typer(index, name="index")
 app.command()(search)
 app.command()(mine)
+app.command()(finetune)

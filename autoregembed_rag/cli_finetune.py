@@ -28,9 +28,11 @@ def finetune(
         str, typer.Option(help="Checkpoint or base language model: bundled name, folder or hub id.")
     ] = "mini",
     minutes: Annotated[float | None, typer.Option(help="Time for all; default: all epochs.")] = None,
-    skip: Annotated[
-        list[str] | None,
-        typer.Option(help="Leave a stage out: compression, alignment or contrast. May be repeated."),
+    stages: Annotated[
+        str | None,
+        typer.Option(
+            help='Some of "compression,alignment,contrast"; default: all for a base language model, else contrast.'
+        ),
     ] = None,
     rate_factor: Annotated[
         float, typer.Option(help="Multiplies every stage's learning rate; below 1 is gentler.")
@@ -49,23 +51,22 @@ def finetune(
 
     Example: autoregembed finetune ./docs --output ./fitted --minutes 10
     """
-    from .training.finetune import FinetuneArguments
+    from .training.finetune import FinetuneArguments, default_arguments
     from .training.finetune import finetune as run
 
     with errors_in_one_line(FloatingPointError, MemoryError):
-        arguments = FinetuneArguments()
-        if unknown := sorted(set(skip or ()) - arguments.stages.keys()):
-            raise ValueError(f"there is no stage {unknown[0]!r}: skip {', '.join(arguments.stages)}")
+        known = FinetuneArguments().stages
+        chosen = [name.strip() for name in stages.split(",")] if stages else default_arguments(model).stages
+        if unknown := [name for name in chosen if name not in known]:
+            raise ValueError(f"there is no stage {unknown[0]!r}: choose from {', '.join(known)}")
         if not rate_factor > 0:
             raise ValueError(f"--rate-factor must be above 0, not {rate_factor}")
-        stages = {
-            name: None
-            if name in (skip or ())
-            else replace(stage, learning_rate=rate_factor * stage.learning_rate)
-            for name, stage in arguments.stages.items()
+        settings = {
+            name: replace(stage, learning_rate=rate_factor * stage.learning_rate) if name in chosen else None
+            for name, stage in known.items()
         }
         arguments = FinetuneArguments(
-            **stages,  # type: ignore[arg-type]
+            **settings,  # type: ignore[arg-type]
             minutes=minutes,
             held_out=held_out,
             use_labels=labels,

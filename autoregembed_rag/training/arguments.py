@@ -138,8 +138,9 @@ class ContrastArguments(StageArguments):
         temperature: of the softmax.
     """
 
-    learning_rate: float = 1e-4
+    learning_rate: float = 2e-4
     batch_size: int = 64
+    epochs: float = 3.0
     temperature: float = 0.05
 
     def __post_init__(self) -> None:

@@ -19,6 +19,9 @@ from .sources import RowSource
 from .stage import Stage
 from .trainer import Batch, Distinct
 
+# Documents that share so many of their words are taken for the same in a batch.
+SAME_WORDS = 0.7
+
 
 def train_contrast(
     encoder: AutoRegEncoder, rows: RowSource, output: str | Path, arguments: ContrastArguments | None = None
@@ -52,9 +55,7 @@ def train_contrast(
             for text in row.neg:
                 documents.add(text)
         texts = list(documents)
-        # Positives of the same query elsewhere in the batch are no negatives of it.
-        answers = {(row.query, row.pos) for _, row in batch}
-        also = [[(query, text) in answers for text in texts] for query in queries]
+        also = _answers([row for _, row in batch], texts)
         words = encoder.config
         prompts = [(query, words.query_instruction) for query in queries]
         prompts += [(text, words.document_instruction) for text in texts]
@@ -72,6 +73,27 @@ def train_contrast(
         return contrast_loss(vectors[:size], vectors[size:], targets, batch["answers"], arguments.temperature)
 
     return stage.run(collate, step_loss)
+
+
+def _answers(rows: list[AlignmentRow], documents: list[str]) -> list[list[bool]]:
+    """Which documents answer which row's query: positives of the same query, and what says nearly the same as its own
+    positive (the same passage but for a sentence). A negative of the row's own never does."""
+    answers = {(row.query, row.pos) for row in rows}
+    words = {text: set(text.lower().split()) for text in documents}
+    return [
+        [
+            (row.query, text) in answers
+            or (text not in row.neg and _overlap(words[row.pos], words[text]) >= SAME_WORDS)
+            for text in documents
+        ]
+        for row in rows
+    ]
+
+
+def _overlap(one: set[str], other: set[str]) -> float:
+    """The share of the words of both that both have."""
+    shared = len(one & other)
+    return shared / max(1, len(one) + len(other) - shared)
 
 
 def contrast_loss(

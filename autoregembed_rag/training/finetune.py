@@ -128,7 +128,7 @@ def finetune(
             judged corpus in memory.
         output: folder for the checkpoint, `report.json`, `losses.png` and TensorBoard's events in `runs`; new or empty.
         model: a checkpoint (bundled name, folder or hub id), or a base language model.
-        arguments: what to train and how long; by default all three stages.
+        arguments: what to train and how long; by default `default_arguments(model)`.
         device: "auto", "cpu", "cuda", "cuda:1", "mps".
         announce: is given the plan as text, before anything is trained.
 
@@ -142,7 +142,7 @@ def finetune(
             run of other data or settings; this is one of several processes.
         FloatingPointError, MemoryError, CheckpointError: as `train_compression` does.
     """
-    arguments = arguments or FinetuneArguments()
+    arguments = arguments or default_arguments(model)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(
             "finetune runs in one process: under torchrun use train_compression and train_alignment"
@@ -306,6 +306,13 @@ def _check_output(output: Path) -> None:
         raise ValueError(f"{output} is a file: give a folder")
     if output.is_dir() and any(output.iterdir()) and not (output / PLAN).exists():
         raise ValueError(f"{output} is not empty and holds no fine-tuning run: give a new or empty folder")
+
+
+def default_arguments(model: str | Path) -> FinetuneArguments:
+    """All three stages for a base language model. A checkpoint has the paper's two behind it: the contrast stage."""
+    if _is_base(model):
+        return FinetuneArguments()
+    return FinetuneArguments(compression=None, alignment=None)
 
 
 def _is_base(model: str | Path) -> bool:

@@ -124,3 +124,21 @@ def test_a_batch_without_anything_to_tell_apart_has_no_loss():
         random_units(4, 1), random_units(5, 1), torch.tensor([0]), torch.ones(1, 1).bool(), TAU
     )
     assert loss.item() == pytest.approx(0, abs=1e-12)
+
+
+def test_the_same_passage_but_for_a_sentence_is_no_negative_unless_the_row_says_so(
+    tiny_checkpoint: Path, tmp_path, monkeypatch
+):
+    encoder = AutoRegEncoder.from_pretrained(tiny_checkpoint, device="cpu", dtype="float32")
+    collate, _ = objective(encoder, tmp_path, monkeypatch)
+    first, second, third = (
+        f"Foxes live near the river bank and {x} at night." for x in ("sleep", "hunt", "rest")
+    )
+    rows = [
+        AlignmentRow("when do foxes sleep", first),
+        AlignmentRow("when do foxes hunt", second, (third,)),
+        AlignmentRow("what is a lemon", "A lemon is a yellow fruit."),
+    ]
+    answers = collate(list(enumerate(rows)))["answers"].tolist()
+    # Columns: the three positives, then the second row's negative.
+    assert answers == [[True, True, False, True], [True, True, False, False], [False, False, True, False]]

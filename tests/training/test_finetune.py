@@ -278,7 +278,7 @@ def test_the_command_reports_a_broken_model_as_not_better(app, folder, tiny_chec
         "--device",
         "cpu",
     ]
-    options += ["--skip", "compression", "--skip", "alignment", "--rate-factor", "3000", "--held-out", "0.5"]
+    options += ["--stages", "contrast", "--rate-factor", "3000", "--held-out", "0.5"]
     result = CliRunner().invoke(app, options)
     assert result.exit_code == 3, result.output
     assert result.output.index("estimated time:") < result.output.index("nDCG@10 before:")
@@ -300,8 +300,7 @@ def test_the_exit_code_says_whether_the_model_is_better(app, better, code, monke
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--skip", "warmup"], "no stage 'warmup'"),
-        (["--skip", "compression", "--skip", "alignment", "--skip", "contrast"], "no stage is left"),
+        (["--stages", "contrast,warmup"], "no stage 'warmup'"),
         (["--minutes", "0"], "minutes must be above 0"),
         (["--held-out", "1"], "held_out must be between 0 and 1"),
         (["--rate-factor", "0"], "must be above 0"),
