@@ -51,8 +51,8 @@ def finetune(
 
     Example: autoregembed finetune ./docs --output ./fitted --minutes 10
     """
-    from .training.finetune import FinetuneArguments, default_arguments
-    from .training.finetune import finetune as run
+    from .finetuning import FinetuneArguments, default_arguments
+    from .finetuning import finetune as run
 
     with errors_in_one_line(FloatingPointError, MemoryError):
         known = FinetuneArguments().stages

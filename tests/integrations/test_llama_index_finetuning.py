@@ -11,8 +11,8 @@ import pytest
 from llama_index.core import Document
 
 from autoregembed_rag import AutoRegEncoder
+from autoregembed_rag.finetuning.run import FinetuneArguments
 from autoregembed_rag.training.arguments import ContrastArguments
-from autoregembed_rag.training.finetune import FinetuneArguments
 from llama_index.embeddings.autoregembed import AutoRegEmbedding, AutoRegFinetuneEngine
 
 THINGS = ["fox", "dog", "river", "bank", "lemon", "pepper", "vector", "reader"]

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from llama_index.core.schema import BaseNode, MetadataMode
 
-from autoregembed_rag.training.documents import Document, plain_document
-from autoregembed_rag.training.finetune import FinetuneArguments, finetune
-from autoregembed_rag.training.finetune_report import FinetuneReport
-from autoregembed_rag.training.judged import Judged
+from autoregembed_rag.finetuning.documents import Document, plain_document
+from autoregembed_rag.finetuning.judged import Judged
+from autoregembed_rag.finetuning.report import FinetuneReport
+from autoregembed_rag.finetuning.run import FinetuneArguments, finetune
 from llama_index.embeddings.autoregembed.base import AutoRegEmbedding
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ class AutoRegFinetuneEngine(_Base):
 
         Raises:
             TypeError: keyword arguments, which the base class allows, are given: settings are `arguments`.
-            ValueError, OSError, ImportError: as `autoregembed_rag.training.finetune.finetune` does.
+            ValueError, OSError, ImportError: as `autoregembed_rag.finetuning.run.finetune` does.
         """
         if train_kwargs:
             raise TypeError(

@@ -11,10 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autoregembed_rag.config import DOCUMENT_INSTRUCTION, QUERY_INSTRUCTION
-from autoregembed_rag.training import corpus as corpus_module
-from autoregembed_rag.training.corpus import CorpusArguments, corpus_kind, prepare, prepare_documents
-from autoregembed_rag.training.data import AlignmentRow, alignment_rows, compression_rows
-from autoregembed_rag.training.documents import (
+from autoregembed_rag.finetuning import corpus as corpus_module
+from autoregembed_rag.finetuning.corpus import CorpusArguments, corpus_kind, prepare, prepare_documents
+from autoregembed_rag.finetuning.documents import (
     Document,
     Section,
     html_document,
@@ -22,8 +21,9 @@ from autoregembed_rag.training.documents import (
     read_documents,
     text_document,
 )
-from autoregembed_rag.training.passages import sentence_spans, split_documents
-from autoregembed_rag.training.queries import fold
+from autoregembed_rag.finetuning.passages import sentence_spans, split_documents
+from autoregembed_rag.finetuning.queries import fold
+from autoregembed_rag.training.data import AlignmentRow, alignment_rows, compression_rows
 
 BEIR = Path(__file__).parents[2].parent / "shared" / "data" / "beir"
 

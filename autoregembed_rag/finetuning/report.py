@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .checkpoints import write_json
+from ..training.checkpoints import write_json
 from .curves import draw_losses
 from .evaluation import Comparison, Scores
 from .planning import Plan

@@ -14,14 +14,14 @@ from typer.testing import CliRunner
 
 from autoregembed_rag import AutoRegEncoder, FrozenDecoder
 from autoregembed_rag.cli_finetune import finetune as command
-from autoregembed_rag.training import finetune as module
+from autoregembed_rag.finetuning import run as module
+from autoregembed_rag.finetuning.documents import Document, Section, read_documents
+from autoregembed_rag.finetuning.evaluation import Scores, compare
+from autoregembed_rag.finetuning.judged import Judged
+from autoregembed_rag.finetuning.planning import Plan, Speed, StagePlan, plan_stage, plan_stages, share_out
+from autoregembed_rag.finetuning.report import FinetuneReport
+from autoregembed_rag.finetuning.run import FinetuneArguments, finetune
 from autoregembed_rag.training.arguments import AlignmentArguments, CompressionArguments, ContrastArguments
-from autoregembed_rag.training.documents import Document, Section, read_documents
-from autoregembed_rag.training.evaluation import Scores, compare
-from autoregembed_rag.training.finetune import FinetuneArguments, finetune
-from autoregembed_rag.training.finetune_report import FinetuneReport
-from autoregembed_rag.training.judged import Judged
-from autoregembed_rag.training.planning import Plan, Speed, StagePlan, plan_stage, plan_stages, share_out
 from autoregembed_rag.training.trainer import StageTrainer
 
 THINGS = [

@@ -18,11 +18,11 @@ from torch import Tensor
 from ..decoder import FrozenDecoder
 from ..encoder import AutoRegEncoder, pool
 from ..losses import DIVERGENCES
-from .arguments import AlignmentArguments, CompressionArguments, StageArguments
-from .data import Rows
+from ..training.arguments import AlignmentArguments, CompressionArguments, StageArguments
+from ..training.data import Rows
+from ..training.stage import computes_in_bf16
+from ..training.trainer import Compressor, Distinct
 from .evaluation import Evaluation
-from .stage import computes_in_bf16
-from .trainer import Compressor, Distinct
 
 QUANTILES = (1 / 6, 1 / 2, 5 / 6)
 """Where batches are taken from rows in the order of their lengths: the middles of three thirds."""

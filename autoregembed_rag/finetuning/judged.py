@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..training.sources import numbered_rows
 from .passages import joined
-from .sources import numbered_rows
 
 logger = logging.getLogger(__name__)
 

@@ -7,8 +7,8 @@ import sys
 import numpy as np
 import pytest
 
-from autoregembed_rag.training import evaluation as module
-from autoregembed_rag.training.evaluation import Comparison, Evaluation, Scores, compare, retrieval_score
+from autoregembed_rag.finetuning import evaluation as module
+from autoregembed_rag.finetuning.evaluation import Comparison, Evaluation, Scores, compare, retrieval_score
 
 pytest.importorskip("ir_measures")
 

@@ -34,13 +34,13 @@ from pathlib import Path
 from typing import Literal
 
 from ..config import DOCUMENT_INSTRUCTION, QUERY_INSTRUCTION
-from .data import AlignmentRow, CompressionRow, alignment_rows
+from ..training.data import AlignmentRow, CompressionRow, alignment_rows
+from ..training.sources import numbered_rows
 from .documents import JSONL, SUFFIXES, Document, read_documents
 from .evaluation import Evaluation
 from .judged import Judged, Qrels, read_judged
 from .passages import CountTokens, Passage, split_documents
 from .queries import MIN_PASSAGE, Pair, fold, make_pairs
-from .sources import numbered_rows
 
 PER_PASSAGE = 3
 """Alignment rows of one passage, at most."""

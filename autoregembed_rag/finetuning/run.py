@@ -30,22 +30,22 @@ from ..config import CONFIG_NAME
 from ..decoder import FrozenDecoder
 from ..encoder import AutoRegEncoder
 from ..loading import resolve_folder
+from ..training.alignment import train_alignment
+from ..training.arguments import AlignmentArguments, CompressionArguments, ContrastArguments, StageArguments
+from ..training.checkpoints import sole_writer, write_json
+from ..training.compression import train_compression
+from ..training.contrast import train_contrast
+from ..training.data import Rows, alignment_rows, compression_rows
+from ..training.lora import LoraArguments, lora_pair
+from ..training.stage import read_record
 from ..weights import is_adapter
-from .alignment import train_alignment
-from .arguments import AlignmentArguments, CompressionArguments, ContrastArguments, StageArguments
-from .checkpoints import sole_writer, write_json
-from .compression import train_compression
-from .contrast import train_contrast
 from .corpus import CorpusArguments, Prepared, prepare, prepare_documents, prepare_judged
 from .curves import new_figure
-from .data import Rows, alignment_rows, compression_rows
 from .documents import Document
 from .evaluation import Scores, compare, retrieval_score
-from .finetune_report import REPORT, FinetuneReport, read_facts
 from .judged import Judged
-from .lora import LoraArguments, lora_pair
 from .planning import Plan, StagePlan, measure_evaluation, measure_stage, plan_stages
-from .stage import read_record
+from .report import REPORT, FinetuneReport, read_facts
 
 logger = logging.getLogger(__name__)
 

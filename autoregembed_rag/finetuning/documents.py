@@ -18,7 +18,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from .sources import numbered_rows
+from ..training.sources import numbered_rows
 
 logger = logging.getLogger(__name__)
 
