@@ -53,7 +53,9 @@ def train_alignment(
     rows = alignment_rows(rows)
     arguments = arguments or AlignmentArguments()
     stage = Stage("alignment", encoder, decoder, rows, output, arguments)
-    if not stage.finished:
+    if stage.finished:
+        trained = stage.result()
+    else:
         negatives = Negatives(rows, arguments)
         for number, row in enumerate(rows):
             try:
@@ -64,14 +66,14 @@ def train_alignment(
                 raise ValueError(f"{rows.place(number)}: {error}") from None
         objective = Divergences if arguments.similarity in DIVERGENCES else LogProbabilities
         chosen = objective(stage, decoder, negatives, arguments)
-        stage.run(chosen.collate, chosen.step_loss)
+        trained = stage.run(chosen.collate, chosen.step_loss)
     if stage.trainer_arguments.process_index == 0:
         shutil.rmtree(stage.output / REFERENCE, ignore_errors=True)
-    return stage.result()
+    return trained
 
 
-class LogProbabilities:
-    """Equation 2 and its log-sigmoid variant: differences of log-probabilities, to each other and to the reference."""
+class Objective:
+    """What every similarity needs: how a batch is made, and its loss."""
 
     def __init__(
         self, stage: Stage, decoder: FrozenDecoder, negatives: Negatives, arguments: AlignmentArguments
@@ -80,6 +82,15 @@ class LogProbabilities:
         self.decoder = decoder
         self.negatives = negatives
         self.arguments = arguments
+
+
+class LogProbabilities(Objective):
+    """Equation 2 and its log-sigmoid variant: differences of log-probabilities, to each other and to the reference."""
+
+    def __init__(
+        self, stage: Stage, decoder: FrozenDecoder, negatives: Negatives, arguments: AlignmentArguments
+    ) -> None:
+        super().__init__(stage, decoder, negatives, arguments)
         self.reference = self._reference_scores(stage)
 
     def collate(self, batch: list[tuple[int, AlignmentRow]]) -> Batch:
@@ -181,16 +192,8 @@ class LogProbabilities:
             store.add(pairs, self._score(states[[queries[pair.query] for pair in pairs]], targets))
 
 
-class Divergences:
+class Divergences(Objective):
     """The KL and JS variants: whole next-token distributions under e_q,next and e_d,self, no reference."""
-
-    def __init__(
-        self, stage: Stage, decoder: FrozenDecoder, negatives: Negatives, arguments: AlignmentArguments
-    ) -> None:
-        self.encoder = stage.encoder
-        self.decoder = decoder
-        self.negatives = negatives
-        self.arguments = arguments
 
     def collate(self, batch: list[tuple[int, AlignmentRow]]) -> Batch:
         """Distinct prompts, and the distinct (query prompt, document prompt, document) to compare."""

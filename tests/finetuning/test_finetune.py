@@ -291,7 +291,7 @@ def test_the_command_reports_a_broken_model_as_not_better(app, folder, tiny_chec
 def test_the_exit_code_says_whether_the_model_is_better(app, better, code, monkeypatch, tmp_path):
     low, high = [0.2] * 20, [0.8] * 20
     report = report_of(low, high) if better else report_of(high, low)
-    monkeypatch.setattr(module, "finetune", lambda *_, **__: report)
+    monkeypatch.setattr("autoregembed_rag.finetuning.finetune", lambda *_, **__: report)
     result = CliRunner().invoke(app, [str(tmp_path), "--output", str(tmp_path / "out")])
     assert result.exit_code == code
     assert f"verdict: {'better' if better else 'worse'}" in result.output

@@ -306,3 +306,12 @@ def test_without_accelerate_the_error_says_what_to_install(monkeypatch):
     monkeypatch.delitem(sys.modules, name)
     with pytest.raises(ImportError, match=r'pip install "autoregembed-rag\[train\]"'):
         importlib.import_module(name)
+
+
+def test_running_out_of_memory_says_what_to_lower(pair, tmp_path, monkeypatch):
+    encoder, decoder = pair
+    monkeypatch.setattr(decoder, "target_log_probs", lambda *_: torch.empty(10**16))
+    with pytest.raises(
+        MemoryError, match=r"out of memory in step 1 .*: lower batch_size and raise gradient_acc"
+    ):
+        train_compression(encoder, decoder, COMPRESSION, tmp_path / "out", compression_arguments())
