@@ -56,7 +56,13 @@ def test_the_snippet_that_moves_a_community_store_moves_it(tmp_path, monkeypatch
 
 @pytest.mark.parametrize(
     "words",
-    sorted(set(re.findall(r"^autoregembed (train \w+|index \w+|search|mine|finetune)", README, flags=re.MULTILINE))),
+    sorted(
+        set(
+            re.findall(
+                r"^autoregembed (train \w+|index \w+|search|mine|finetune)", README, flags=re.MULTILINE
+            )
+        )
+    ),
 )
 def test_commands_shown_exist_with_the_options_shown(words):
     shown = re.search(rf"^autoregembed {words} (.*)$", README, flags=re.MULTILINE)
