@@ -1,4 +1,4 @@
-"""Values per token from hidden states and a large vocabulary, with never more than a few rows of logits at once."""
+"""Values of rows, a few rows at a time, with nothing kept for the backward pass but their gradients."""
 
 from __future__ import annotations
 

@@ -57,13 +57,13 @@ def train_alignment(
         trained = stage.result()
     else:
         negatives = Negatives(rows, arguments)
-        for number, row in enumerate(rows):
-            try:
-                negatives.check(row)
-                for text in (row.pos, *row.neg):
-                    check_target(decoder, text)
-            except ValueError as error:
-                raise ValueError(f"{rows.place(number)}: {error}") from None
+
+        def examine(row: AlignmentRow) -> None:
+            negatives.check(row)
+            for text in (row.pos, *row.neg):
+                check_target(decoder, text)
+
+        rows.check(examine)
         objective = Divergences if arguments.similarity in DIVERGENCES else LogProbabilities
         chosen = objective(stage, decoder, negatives, arguments)
         trained = stage.run(chosen.collate, chosen.step_loss)

@@ -69,14 +69,14 @@ def train_compression(
 def _check_rows(rows: Rows[CompressionRow], encoder: AutoRegEncoder, decoder: FrozenDecoder) -> None:
     """ValueError for an instruction that fills the prompt, and for an output of which no token is left."""
     fitting: set[str] = set()
-    for number, row in enumerate(rows):
-        try:
-            if row.instruction not in fitting:
-                encoder.prompts.max_text_tokens(row.instruction)
-                fitting.add(row.instruction)
-            check_target(decoder, row.output)
-        except ValueError as error:
-            raise ValueError(f"{rows.place(number)}: {error}") from None
+
+    def examine(row: CompressionRow) -> None:
+        if row.instruction not in fitting:
+            encoder.prompts.max_text_tokens(row.instruction)
+            fitting.add(row.instruction)
+        check_target(decoder, row.output)
+
+    rows.check(examine)
 
 
 def check_target(decoder: FrozenDecoder, text: str) -> None:

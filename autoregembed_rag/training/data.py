@@ -13,7 +13,7 @@ import logging
 import operator
 from array import array
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import ClassVar, Generic, TypeVar, cast, overload
@@ -192,6 +192,14 @@ class Rows(Sequence[T]):
         """Where row `index` came from: "pairs.jsonl, line 17", or "row 17" (from 1) where there is no file."""
         part, i = self._find(index)
         return part.source.place(part.numbers[i])
+
+    def check(self, examine: Callable[[T], None]) -> None:
+        """`examine` every row; a ValueError that it raises also names the row's place."""
+        for number, row in enumerate(self):
+            try:
+                examine(row)
+            except ValueError as error:
+                raise ValueError(f"{self.place(number)}: {error}") from None
 
     def _find(self, index: int) -> tuple[_Part[T], int]:
         i = operator.index(index)

@@ -20,6 +20,7 @@ from autoregembed_rag.training.arguments import AlignmentArguments, CompressionA
 from autoregembed_rag.training.compression import train_compression
 from autoregembed_rag.training.contrast import train_contrast
 from autoregembed_rag.training.data import AlignmentRow, CompressionRow
+from autoregembed_rag.training.trainer import StageTrainer
 
 torch.set_num_threads(1)
 
@@ -43,6 +44,21 @@ WRITES = {
     "tempfile.mkdtemp",
     "sqlite3.connect",
 }
+
+
+def broken_off(monkeypatch: pytest.MonkeyPatch, after: int, run: Callable[[], object]) -> None:
+    """`run` until step `after` is done and saved, if it is to be."""
+    step = StageTrainer.training_step
+
+    def breaking(self: StageTrainer, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.state.global_step >= after:
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StageTrainer, "training_step", breaking)
+        with pytest.raises(KeyboardInterrupt):
+            run()
 
 
 def train(stage: str, base: Path, output: Path, dropout: float = 0.0, **changes: Any) -> None:

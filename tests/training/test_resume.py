@@ -8,14 +8,13 @@ import pickle
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import doomed_runs
 import pytest
 import torch
-from doomed_runs import COMPRESSION, apart, train
+from doomed_runs import COMPRESSION, apart, broken_off, train
 from tiny_models import write_base
 
 from autoregembed_rag import AutoRegEncoder, FrozenDecoder
@@ -43,21 +42,6 @@ def weights(output: Path) -> bytes:
 
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
-
-
-def broken_off(monkeypatch: pytest.MonkeyPatch, after: int, run: Callable[[], None]) -> None:
-    """`run` until step `after` is done and saved, if it is to be."""
-    step = StageTrainer.training_step
-
-    def breaking(self: StageTrainer, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if self.state.global_step >= after:
-            raise KeyboardInterrupt
-        return step(self, *args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(StageTrainer, "training_step", breaking)
-        with pytest.raises(KeyboardInterrupt):
-            run()
 
 
 # 11 rows in batches of 4 are 3 steps an epoch, or 2 where two batches are accumulated.

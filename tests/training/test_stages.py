@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from doomed_runs import broken_off
 
 from autoregembed_rag import AutoRegEncoder, FrozenDecoder
 from autoregembed_rag.training.alignment import train_alignment
@@ -205,29 +206,14 @@ def test_reference_scores_are_the_starting_models_log_probabilities(pair, tmp_pa
     encoder, decoder = pair
     e = encoder.compress([row.query for row in ALIGNMENT], "next")
     expected = [decoder.log_prob(e, [getter(row) for row in ALIGNMENT]) for getter in (positive, negative)]
-    interrupted(
-        lambda: train_alignment(encoder, decoder, ALIGNMENT, tmp_path, alignment_arguments()), 0, monkeypatch
+    broken_off(
+        monkeypatch, 0, lambda: train_alignment(encoder, decoder, ALIGNMENT, tmp_path, alignment_arguments())
     )
     key = repr([encoder.fingerprint, "torch.float32", decoder.fingerprint, "torch.float32", False, False])
     store = ReferenceStore(tmp_path / "reference", key)
     for getter, scores in zip((positive, negative), expected, strict=True):
         found = store.scores([Pair(row.query, getter(row)) for row in ALIGNMENT])
         np.testing.assert_allclose(found.numpy(), scores, rtol=1e-5)
-
-
-def interrupted(train, at_step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run `train` and break it off before step `at_step` + 1."""
-    step = StageTrainer.training_step
-
-    def breaking(self, *args, **kwargs):
-        if self.state.global_step >= at_step:
-            raise KeyboardInterrupt
-        return step(self, *args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(StageTrainer, "training_step", breaking)
-        with pytest.raises(KeyboardInterrupt):
-            train()
 
 
 def test_reference_scores_are_computed_once_for_every_pair(pair, tmp_path, monkeypatch):
@@ -240,8 +226,8 @@ def test_reference_scores_are_computed_once_for_every_pair(pair, tmp_path, monke
         "add",
         lambda self, pairs, scores: added.append(len(pairs)) or add(self, pairs, scores),
     )
-    train = lambda rows: interrupted(  # noqa: E731
-        lambda: train_alignment(encoder, decoder, rows, tmp_path, alignment_arguments()), 0, monkeypatch
+    train = lambda rows: broken_off(  # noqa: E731
+        monkeypatch, 0, lambda: train_alignment(encoder, decoder, rows, tmp_path, alignment_arguments())
     )
     train(ALIGNMENT[:5])
     assert sum(added) == 5 * 2
