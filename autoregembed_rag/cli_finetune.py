@@ -42,6 +42,13 @@ def finetune(
     lora: Annotated[
         int | None, typer.Option(help="Train a LoRA adapter of this rank, then merge it.")
     ] = None,
+    blend: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the trained weights in the result; the rest is the weights' before training. "
+            "Default: 0.5 for a checkpoint, 1 for a base language model."
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
 ) -> None:
@@ -71,6 +78,7 @@ def finetune(
             held_out=held_out,
             use_labels=labels,
             lora=lora,
+            blend=blend,
             seed=seed,
         )
         report = run(path, output, model, arguments, device=device, announce=typer.echo)

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 from typer import Typer
 from typer.testing import CliRunner
 
@@ -108,7 +110,7 @@ def test_each_stage_starts_where_the_one_before_it_ended(folder, tiny_checkpoint
 
     for name in ("train_compression", "train_alignment", "train_contrast"):
         monkeypatch.setattr(module, name, listening(getattr(module, name)))
-    run(folder, tmp_path / "out", tiny_checkpoint)
+    run(folder, tmp_path / "out", tiny_checkpoint, blend=1.0)
     first, second, third = models[::2]
     assert first == AutoRegEncoder.from_pretrained(tiny_checkpoint, device="cpu").fingerprint
     assert [second, third] == models[1:-1:2]
@@ -224,6 +226,25 @@ def test_an_adapter_goes_through_all_stages_and_is_merged(folder, tiny_base, tmp
     assert np.abs(encoder.encode_queries(["fox"]) - start.encode_queries(["fox"])).max() > 1e-6
 
 
+@pytest.mark.parametrize(("model", "default"), [("tiny_checkpoint", 0.5), ("tiny_base", 1.0)])
+def test_the_result_lies_between_the_weights_before_training_and_the_trained_ones(
+    folder, tmp_path, model, default, request
+):
+    model = request.getfixturevalue(model)
+    short = {"compression": None, "alignment": None}
+    weights = {}
+    for name, blend in (("all", 1.0), ("quarter", 0.25), ("default", None)):
+        run(folder, tmp_path / name, model, blend=blend, **short)
+        weights[name] = load_file(tmp_path / name / "model.safetensors")
+    table = "embed_tokens.weight"
+    load = AutoRegEncoder.from_pretrained if default < 1 else AutoRegEncoder.from_base
+    before = load(model, device="cpu", dtype="float32").model.state_dict()[table]
+    moved = weights["all"][table] - before
+    assert moved.abs().max() > 1e-4
+    torch.testing.assert_close(weights["quarter"][table], before + 0.25 * moved, rtol=0, atol=1e-7)
+    torch.testing.assert_close(weights["default"][table], before + default * moved, rtol=0, atol=1e-7)
+
+
 def test_training_on_a_judged_corpus_in_memory(tiny_checkpoint, tmp_path):
     corpus = {thing: f"Here is a {thing} near the river bank, as one would hope." for thing in THINGS}
     queries = {thing: f"Where can one find the {thing}?" for thing in THINGS}
@@ -304,6 +325,7 @@ def test_the_exit_code_says_whether_the_model_is_better(app, better, code, monke
         (["--minutes", "0"], "minutes must be above 0"),
         (["--held-out", "1"], "held_out must be between 0 and 1"),
         (["--rate-factor", "0"], "must be above 0"),
+        (["--blend", "0"], "blend must be above 0"),
     ],
 )
 def test_the_command_refuses_what_makes_no_sense(app, options, message, folder, tiny_checkpoint, tmp_path):
