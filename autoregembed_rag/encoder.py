@@ -19,6 +19,7 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTo
 
 from .config import AutoRegConfig, Pooling
 from .fingerprint import encoder_fingerprint
+from .last_layer import last_layer_at, restrict_last_layer
 from .loading import (
     add_embed_tokens,
     check_causal,
@@ -44,8 +45,9 @@ def compressed_states(model: PreTrainedModel, ids: Tensor, lengths: Tensor, k: i
 
     The one forward pass of the encoder, for training and inference.
     """
-    hidden: Tensor = model(input_ids=ids, use_cache=False).last_hidden_state
     columns = lengths[:, None] - k + torch.arange(k, device=ids.device)
+    with last_layer_at(columns, ids.shape[1]):
+        hidden: Tensor = model(input_ids=ids, use_cache=False).last_hidden_state
     return hidden[torch.arange(len(ids), device=ids.device)[:, None], columns]
 
 
@@ -107,6 +109,7 @@ class AutoRegEncoder:
         self.prompts = PromptBuilder(tokenizer, k, config.max_length)
         _ = self.max_text_tokens  # raises now, not at the first text, if an instruction fills the prompt
         check_causal(model)
+        restrict_last_layer(model)
         self._source = source
         self._load_arguments = load_arguments or {}
         self._fingerprint: str | None = None

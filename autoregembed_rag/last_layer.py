@@ -1,0 +1,78 @@
+"""The last layer's work for the compressed tokens alone.
+
+Of the last hidden states only those at the k compressed tokens are read, and no later layer attends to the others. So
+the last layer needs keys and values of all tokens, but queries, attention's output and the feed-forward network at k
+positions of each text. Hooks on these three modules take the positions out before and leave zeros elsewhere after.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_wanted: ContextVar[tuple[Tensor, int] | None] = ContextVar("columns [n, k], tokens of a row", default=None)
+
+
+def restrict_last_layer(model: nn.Module) -> None:
+    """Let `last_layer_at` restrict the last layer of a body built like Llama's, as most are; others stay whole."""
+    layers = getattr(model, "layers", None)
+    if not isinstance(layers, nn.ModuleList):
+        return
+    layer = layers[-1]
+    attention = getattr(layer, "self_attn", None)
+    names = ((attention, "q_proj"), (attention, "o_proj"), (layer, "mlp"))
+    parts = [part for owner, name in names if isinstance(part := getattr(owner, name, None), nn.Module)]
+    if len(parts) == len(names) and not _is_restricted(parts[0]):
+        for part in parts:
+            part.register_forward_pre_hook(partial(_take, layer))
+            part.register_forward_hook(partial(_put_back, layer))
+
+
+def _is_restricted(part: nn.Module) -> bool:
+    """By another encoder around the same body, or before it was copied."""
+    return any(getattr(hook, "func", None) is _take for hook in part._forward_pre_hooks.values())
+
+
+@contextmanager
+def last_layer_at(columns: Tensor, tokens: int) -> Iterator[None]:
+    """Inside, in this thread, only the last hidden states at `columns` [n, k] of rows of so many `tokens` are right.
+
+    Layers whose passes are repeated or traced (gradient checkpointing, torch.compile) are computed whole.
+    """
+    token = _wanted.set((columns, tokens))
+    try:
+        yield
+    finally:
+        _wanted.reset(token)
+
+
+def _asked(layer: nn.Module) -> tuple[Tensor, int] | None:
+    repeated = layer.training and getattr(layer, "gradient_checkpointing", False)
+    return None if repeated or torch.compiler.is_compiling() else _wanted.get()
+
+
+def _take(layer: nn.Module, _: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """[n, tokens, d] -> [n, k, d]."""
+    if (asked := _asked(layer)) is None:
+        return inputs
+    states, *rest = inputs
+    return (states.gather(1, _index(asked[0], states)), *rest)
+
+
+def _put_back(layer: nn.Module, _: nn.Module, __: tuple[Any, ...], output: Tensor) -> Tensor:
+    """[n, k, d] -> [n, tokens, d], zeros elsewhere."""
+    if (asked := _asked(layer)) is None:
+        return output
+    columns, tokens = asked
+    whole = output.new_zeros(len(output), tokens, output.shape[-1])
+    return whole.scatter(1, _index(columns, output), output)
+
+
+def _index(columns: Tensor, states: Tensor) -> Tensor:
+    return columns[:, :, None].expand(-1, -1, states.shape[-1])
