@@ -31,7 +31,8 @@ def finetune(
     stages: Annotated[
         str | None,
         typer.Option(
-            help='Some of "compression,alignment,contrast"; default: all for a base language model, else contrast.'
+            help="Of compression, alignment and contrast, separated by commas; they run in this order. Default: all "
+            "for a base language model, else contrast."
         ),
     ] = None,
     rate_factor: Annotated[

@@ -72,6 +72,7 @@ def mine(
     from .training.data import alignment_rows
     from .training.mining import MiningArguments, mine_negatives
     from .training.mining_report import new_figure
+    from .training.output_file import check_output
 
     with errors_in_one_line(DocumentIndexError):
         if index is not None and corpus is not None:
@@ -86,6 +87,7 @@ def mine(
             seed=seed,
             batch_size=batch_size,
         )
+        check_output(output, [data] if corpus is None else [data, corpus], report)
         if report is not None:
             new_figure()  # says now, not after the mining, that matplotlib is missing
         rows = alignment_rows(data, skip_invalid=skip_invalid)

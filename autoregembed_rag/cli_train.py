@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from functools import wraps
 from pathlib import Path
@@ -39,7 +41,7 @@ def with_settings(kind: type[StageArguments]) -> Callable[[Command], Command]:
     def decorate(command: Command) -> Command:
         @wraps(command)
         def wrapper(**options: Any) -> None:  # noqa: ANN401
-            with errors_in_one_line(FloatingPointError, MemoryError):
+            with errors_in_one_line(FloatingPointError, MemoryError), _progress_echoed():
                 settings = kind(**{field.name: options.pop(field.name) for field in fields(kind)})
                 command(**options, settings=settings)
 
@@ -51,6 +53,27 @@ def with_settings(kind: type[StageArguments]) -> Callable[[Command], Command]:
         return wrapper  # type: ignore[return-value]
 
     return decorate
+
+
+class _Echo(logging.Handler):
+    """Says log lines as what the command says."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        typer.echo(record.getMessage(), err=record.levelno > logging.INFO)
+
+
+@contextmanager
+def _progress_echoed() -> Iterator[None]:
+    """Inside, the command says where a run goes on, and that one has ended before."""
+    logger, echo = logging.getLogger("autoregembed_rag.training.stage"), _Echo()
+    level = logger.level
+    logger.addHandler(echo)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(echo)
+        logger.setLevel(level)
 
 
 def _options(kind: type[StageArguments]) -> list[inspect.Parameter]:
@@ -109,6 +132,7 @@ def compress(
     from .training.data import compression_rows
     from .training.lora import LoraArguments, lora_pair
 
+    _check_keep_adapter(lora, keep_adapter)
     rows = compression_rows(data, unique=unique, skip_invalid=skip_invalid)
     if lora is None:
         encoder = AutoRegEncoder.from_base(base, num_compressed_tokens, device=device, dtype="float32")
@@ -118,8 +142,8 @@ def compress(
         encoder, decoder = lora_pair(
             base, adapter, num_compressed_tokens=num_compressed_tokens, device=device
         )
-    train_compression(encoder, decoder, rows, output, settings)
-    _merge(output, lora, keep_adapter)
+    train_compression(encoder, decoder, rows, output, settings, merge_adapter=not keep_adapter)
+    _say_saved(output)
 
 
 @train.command()
@@ -146,14 +170,15 @@ def align(
     from .training.data import alignment_rows
     from .training.lora import LoraArguments, lora_pair
 
+    _check_keep_adapter(lora, keep_adapter)
     rows = alignment_rows(data, unique=unique, skip_invalid=skip_invalid)
     if lora is None:
         encoder = AutoRegEncoder.from_pretrained(model, device=device, dtype="float32")
         decoder = FrozenDecoder.from_pretrained(model, device=device)
     else:
         encoder, decoder = lora_pair(model, LoraArguments(rank=lora, alpha=2 * lora), device=device)
-    train_alignment(encoder, decoder, rows, output, settings)
-    _merge(output, lora, keep_adapter)
+    train_alignment(encoder, decoder, rows, output, settings, merge_adapter=not keep_adapter)
+    _say_saved(output)
 
 
 @train.command()
@@ -179,17 +204,16 @@ def contrast(
     rows = alignment_rows(data, unique=unique, skip_invalid=skip_invalid)
     encoder = AutoRegEncoder.from_pretrained(model, device=device, dtype="float32")
     train_contrast(encoder, rows, output, settings)
-    typer.echo(f"saved to {output}")
+    _say_saved(output)
 
 
-def _merge(output: Path, lora: int | None, keep_adapter: bool) -> None:
-    """Leave a whole model in `output`, unless the adapter is to be kept."""
+def _check_keep_adapter(lora: int | None, keep_adapter: bool) -> None:
+    if keep_adapter and lora is None:
+        raise ValueError("--keep-adapter keeps what --lora trains: give --lora RANK with it, or leave it out")
+
+
+def _say_saved(output: Path) -> None:
     from accelerate import PartialState
 
-    from .encoder import AutoRegEncoder
-
-    if not PartialState().is_main_process:
-        return
-    if lora is not None and not keep_adapter:
-        AutoRegEncoder.from_pretrained(output, device="cpu", dtype="float32").save_pretrained(output)
-    typer.echo(f"saved to {output}")
+    if PartialState().is_main_process:
+        typer.echo(f"saved to {output}")

@@ -12,12 +12,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from .chunked import by_chunks, by_groups
 from .config import CONFIG_NAME, AutoRegConfig
 from .fingerprint import weights_digest
-from .loading import embedding_table, load_model, model_arguments, resolve_folder
+from .loading import embedding_table, load_model, load_tokenizer, model_arguments, resolve_folder
 from .losses import wide
 from .prompt import TextTokenizer, check_texts, length_groups, pad_right
 
@@ -94,7 +94,7 @@ class FrozenDecoder(torch.nn.Module):
             ValueError: the checkpoint does not name its decoder.
         """
         folder = decoder_folder(model)
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
         place, arguments = model_arguments(device, dtype, attn_implementation, trust_remote_code)
         lm = load_model(AutoModelForCausalLM, folder, arguments)
         return cls(lm.to(place), tokenizer, max_target_tokens=max_target_tokens)  # type: ignore[arg-type]
@@ -307,4 +307,10 @@ def decoder_folder(model: str | Path) -> Path:
             f"{file} does not name its decoder: pass the base language model to FrozenDecoder.from_pretrained, "
             'or write its folder or hub id there under "decoder"'
         )
-    return resolve_folder(decoder)
+    try:
+        return resolve_folder(decoder)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{folder} names the decoder {decoder!r}, which cannot be loaded: put it back, or write its folder or hub "
+            f'id under "decoder" in {file}'
+        ) from error

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from .config import AutoRegConfig, Pooling
 from .fingerprint import encoder_fingerprint
@@ -26,6 +26,7 @@ from .loading import (
     embedding_table,
     initial_rows,
     load_model,
+    load_tokenizer,
     model_arguments,
     resolve_folder,
     untrained_config,
@@ -154,7 +155,7 @@ class AutoRegEncoder:
         }
         changes = {name: value for name, value in changes.items() if value is not None}
         folder = resolve_folder(model)
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
         recorded = checkpoint_config(folder, tokenizer.get_vocab())
         config = replace(recorded, **changes)  # type: ignore[arg-type]
         place, arguments = model_arguments(device, dtype, attn_implementation, trust_remote_code)
@@ -191,7 +192,7 @@ class AutoRegEncoder:
         The new rows start as `loading.initial_rows` says; `base` becomes the decoder.
         """
         folder = resolve_folder(base)
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
         ids = add_embed_tokens(tokenizer, num_compressed_tokens)
         place, arguments = model_arguments(device, dtype, attn_implementation, trust_remote_code)
         body = load_model(AutoModel, folder, arguments)

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .config import AutoRegConfig
 from .prompt import embed_tokens
@@ -50,14 +54,34 @@ def resolve_folder(model: str | Path) -> Path:
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
-    """ "auto": CUDA, then Apple's MPS, then the CPU."""
+    """ "auto": CUDA, then Apple's MPS, then the CPU. ValueError for a device that is not there."""
     if device != "auto":
-        return torch.device(device)
+        return _present(device)
     if torch.cuda.is_available():
         # A launcher of several processes, such as torchrun, gives each a GPU of its own.
         rank = os.environ.get("LOCAL_RANK")
         return torch.device("cuda" if rank is None else f"cuda:{rank}")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def _present(device: str | torch.device) -> torch.device:
+    try:
+        place = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"there is no device {device!r}: give auto, cpu, cuda, cuda:1 or mps") from None
+    remedy = f"the device {str(place)!r} cannot be used here"
+    if place.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError(f"{remedy}, where PyTorch finds no Apple GPU: give auto or cpu")
+    if place.type == "cuda":
+        count = torch.cuda.device_count()
+        if not count:
+            raise ValueError(
+                f"{remedy}, where PyTorch {torch.__version__} finds no GPU: give auto or cpu, or install the driver "
+                "and a PyTorch with CUDA"
+            )
+        if (place.index or 0) >= count:
+            raise ValueError(f"{remedy}: there are {count} GPUs, from cuda:0 to cuda:{count - 1}")
+    return place
 
 
 def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
@@ -112,8 +136,8 @@ def load_model(
 ) -> PreTrainedModel:
     """`auto_class.from_pretrained`, in eval mode, but never with weights that the folder does not hold.
 
-    FileNotFoundError: no safetensors. ValueError: some weights are missing, which transformers would draw at
-    random.
+    FileNotFoundError: no safetensors. ValueError: a file is damaged, or some weights are missing, which transformers
+    would draw at random.
     """
     if (folder / ADAPTER_CONFIG).is_file():
         raise FileNotFoundError(
@@ -125,13 +149,39 @@ def load_model(
             f"{folder} has no {WEIGHTS} (pickled weights are not read): load it where you trust it and call "
             "save_pretrained, which writes safetensors"
         )
-    model, report = auto_class.from_pretrained(folder, output_loading_info=True, **arguments)
+    with readable_weights(folder):
+        model, report = auto_class.from_pretrained(folder, output_loading_info=True, **arguments)
     if missing := sorted(report["missing_keys"]):
         raise ValueError(
             f"{folder} lacks {len(missing)} of the weights of {type(model).__name__}, such as {missing[0]!r}: "
             "give the folder of a whole model of this kind"
         )
     return cast(PreTrainedModel, model.eval())
+
+
+@contextmanager
+def readable_weights(folder: Path) -> Iterator[None]:
+    """ValueError that names `folder` where one of its safetensors files turns out to be damaged."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise ValueError(
+            f"the weights in {folder} are damaged or cut short ({error}): copy or download them again"
+        ) from error
+
+
+def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer in `folder`; ValueError if one of its files is cut short."""
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=trust_remote_code
+        )
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"tokenizer.json or tokenizer_config.json in {folder} is damaged or cut short ({error}): copy or download "
+            "them again"
+        ) from error
+    return tokenizer
 
 
 def embedding_table(model: PreTrainedModel) -> Tensor:
@@ -142,7 +192,12 @@ def embedding_table(model: PreTrainedModel) -> Tensor:
 
 
 def add_embed_tokens(tokenizer: PreTrainedTokenizerBase, k: int) -> list[int]:
-    """Add `<EMBED0>` ... `<EMBEDk-1>` to a base model's tokenizer, beside its other special tokens; their ids."""
+    """Add `<EMBED0>` ... `<EMBEDk-1>` to a base model's tokenizer, beside its other special tokens; their ids.
+
+    ValueError: k is below 1.
+    """
+    if k < 1:
+        raise ValueError(f"num_compressed_tokens must be at least 1, not {k}")
     names = embed_tokens(k)
     tokenizer.add_special_tokens({"additional_special_tokens": names}, False)
     return [tokenizer.get_vocab()[name] for name in names]

@@ -16,7 +16,15 @@ from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from .config import CONFIG_NAME, AutoRegConfig, recorded_config
-from .loading import ADAPTER_CONFIG, ADAPTER_WEIGHTS, WEIGHTS, embedding_table, load_model, resolve_folder
+from .loading import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    WEIGHTS,
+    embedding_table,
+    load_model,
+    readable_weights,
+    resolve_folder,
+)
 
 # What says whether a folder holds a whole model or an adapter.
 KINDS = ("config.json", ADAPTER_CONFIG, ADAPTER_WEIGHTS)
@@ -91,7 +99,8 @@ def load_body(folder: Path, place: torch.device, arguments: dict[str, Any]) -> P
     require_peft()
     body = load_model(AutoModel, adapter_base_folder(folder), arguments).to(place)  # type: ignore[arg-type]
     wrapped = attach_adapter(body, folder)
-    return cast(PreTrainedModel, wrapped.merge_and_unload().eval())
+    # peft froze the base; a merged body can be trained like any other.
+    return cast(PreTrainedModel, wrapped.merge_and_unload().eval().requires_grad_(True))
 
 
 def attach_adapter(body: PreTrainedModel, folder: Path, *, config: Any = None) -> Any:  # noqa: ANN401
@@ -106,9 +115,10 @@ def attach_adapter(body: PreTrainedModel, folder: Path, *, config: Any = None) -
     peft = require_peft()
     settings = config or peft.PeftConfig.from_pretrained(folder)
     grow_table(body, 1 + max(getattr(settings, "trainable_token_indices", None) or [-1]))
-    return peft.PeftModel.from_pretrained(
-        body, folder, config=settings, is_trainable=config is not None, torch_device=str(body.device)
-    )
+    with readable_weights(folder):
+        return peft.PeftModel.from_pretrained(
+            body, folder, config=settings, is_trainable=config is not None, torch_device=str(body.device)
+        )
 
 
 @torch.no_grad()
@@ -143,8 +153,10 @@ def write_checkpoint(
             file.replace(folder / file.name)
     # Weights that an earlier save left under other names would be read before, or hashed with, these.
     earlier = {*folder.glob(f"{WEIGHTS}*"), *(folder / name for name in KINDS)}
-    for stale in earlier - {folder / file.name for file in written}:
-        stale.unlink(missing_ok=True)
+    # An adapter's settings first: they would have weights looked for that are gone.
+    stale = earlier - {folder / file.name for file in written}
+    for file in sorted(stale, key=lambda file: file.name != ADAPTER_CONFIG):
+        file.unlink(missing_ok=True)
 
 
 def _save_weights(model: nn.Module, folder: Path, state_dict: Mapping[str, Tensor] | None) -> None:
@@ -179,7 +191,8 @@ def _read_adapter(model: nn.Module, folder: Path) -> None:
     file = folder / ADAPTER_WEIGHTS
     if not file.is_file():
         raise FileNotFoundError(f"{folder} has no {ADAPTER_WEIGHTS}, and the encoder has an adapter")
-    saved = load_file(file)
+    with readable_weights(folder):
+        saved = load_file(file)
     _check_same(folder, peft.get_peft_model_state_dict(model, save_embedding_layers=False), saved)
     peft.set_peft_model_state_dict(model, saved)
 

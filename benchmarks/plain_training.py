@@ -15,6 +15,7 @@ from torch import Tensor
 
 from autoregembed_rag import AutoRegEncoder, FrozenDecoder
 from autoregembed_rag.training.data import AlignmentRow, CompressionRow
+from autoregembed_rag.training.stage import recompute_activations
 
 IGNORED = -100  # a label that cross entropy passes over
 
@@ -32,8 +33,8 @@ class PlainPasses:
         self.body = encoder.trainable()
         self.body.train()
         if checkpointing:
-            self.body.gradient_checkpointing_enable()
-            decoder.model.gradient_checkpointing_enable()
+            recompute_activations(self.body)
+            recompute_activations(decoder.model)
             decoder.model.train()
 
     def compression_loss(self, rows: Sequence[CompressionRow]) -> Tensor:

@@ -31,16 +31,16 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from ..config import DOCUMENT_INSTRUCTION, QUERY_INSTRUCTION
 from ..training.data import AlignmentRow, CompressionRow, alignment_rows
-from ..training.sources import numbered_rows
-from .documents import JSONL, SUFFIXES, Document, read_documents
+from .documents import Document
 from .evaluation import Evaluation
 from .judged import Judged, Qrels, read_judged
+from .kinds import Kind, corpus_kind
 from .passages import CountTokens, Passage, split_documents
 from .queries import MIN_PASSAGE, Pair, fold, make_pairs
+from .reading import read_documents
 
 PER_PASSAGE = 3
 """Alignment rows of one passage, at most."""
@@ -53,13 +53,6 @@ MAX_HELD_OUT = 500
 
 MAX_SEARCHED = 50_000
 """Texts that the evaluation searches, at most: what is relevant and a random part of the rest."""
-
-Kind = Literal["documents", "pairs", "beir", "beir without labels"]
-
-WANTED = f"""a path to fine-tune on is one of
-  - a folder of documents ({", ".join(SUFFIXES)}), or one such file; a JSONL line has "text" and maybe "title", "_id"
-  - a file of labelled pairs or triplets: JSONL lines with "query", "pos" and maybe "neg"
-  - a BEIR folder: corpus.jsonl and, with labels, queries.jsonl and qrels/train.tsv"""
 
 
 @dataclass(frozen=True)
@@ -125,7 +118,7 @@ def prepare(path: str | Path, arguments: CorpusArguments, *, use_labels: bool = 
     """Rows for both stages and a held-out evaluation from what `path` holds.
 
     Args:
-        path: documents, labelled pairs or a BEIR folder; see `corpus_kind`.
+        path: documents, labelled pairs or a BEIR folder; see `kinds.corpus_kind`.
         arguments: seed, share held out, passage length.
         use_labels: False takes a BEIR folder's documents alone.
 
@@ -144,33 +137,6 @@ def prepare(path: str | Path, arguments: CorpusArguments, *, use_labels: bool = 
     return prepare_documents(
         read_documents(source), arguments, kind="documents" if kind == "documents" else "beir without labels"
     )
-
-
-def corpus_kind(path: str | Path) -> Kind:
-    """What `path` holds; ValueError lists what it may be."""
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist; {WANTED}")
-    if path.is_file():
-        return _file_kind(path)
-    if (path / "corpus.jsonl").is_file():
-        return "beir" if (path / "qrels" / "train.tsv").is_file() else "beir without labels"
-    if any(file.name.lower().endswith(SUFFIXES) for file in path.rglob("*")):
-        return "documents"
-    raise ValueError(f"{path} holds no documents; {WANTED}")
-
-
-def _file_kind(path: Path) -> Kind:
-    if not path.name.lower().endswith(SUFFIXES):
-        raise ValueError(f"{path} is of an unknown kind; {WANTED}")
-    if not path.name.lower().endswith(JSONL):
-        return "documents"
-    _, first = next(numbered_rows(path), (0, {}))
-    if "query" in first and "pos" in first:
-        return "pairs"
-    if "text" in first:
-        return "documents"
-    raise ValueError(f"{path}: the first line has the fields {sorted(first)}; {WANTED}")
 
 
 def read_corpus(documents: Sequence[Document], arguments: CorpusArguments) -> Corpus:
@@ -278,6 +244,12 @@ def _evaluation(
             if not any(fold(pair.query) in fold(corpus[text]) for text in relevant):
                 queries[f"{kind} of {document}"] = pair.query
                 qrels[f"{kind} of {document}"] = dict.fromkeys(relevant, 1)
+    if not queries:
+        raise ValueError(
+            f"nothing can be asked about the {len(held_out)} held-out documents that does not stand word for word in "
+            "its answer: hold out a larger share (held_out, --held-out), or add documents with titles and sentences of "
+            "their own"
+        )
     return _searching(queries, corpus, qrels, seed)
 
 
@@ -344,6 +316,12 @@ def prepare_judged(judged: Judged, arguments: CorpusArguments) -> Prepared:
         for query, grades in train.items()
         for row in _judged_rows(judged, query, grades, random.Random(f"{arguments.seed} {query}"))
     ]
+    if not alignment:
+        raise ValueError(
+            f"each of the {len(train)} training queries has the very text of every document that is relevant to it, "
+            "which teaches nothing, so that no row is left: judge other documents, or train without labels "
+            "(use_labels=False, --no-labels)"
+        )
     firsts = {row.pos: row.query for row in reversed(alignment)}
     compression = [
         row

@@ -1,35 +1,13 @@
-"""Documents of a custom corpus, read from text, Markdown, HTML and JSONL files.
-
-Notable decisions:
-- a file that is not UTF-8 (or UTF-16 with a byte order mark) or holds no text is left out and named in one warning;
-  a malformed JSONL line is an error, as half a file of records is more likely a mistake than intended;
-- navigation, scripts and styles of a web page are no text of it.
-"""
+"""Documents, and how plain text, Markdown and HTML become one; navigation, scripts and styles are no text of a page."""
 
 from __future__ import annotations
 
-import logging
 import re
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from html.parser import HTMLParser
-from pathlib import Path
-
-from tqdm import tqdm
-
-from ..training.sources import numbered_rows
-
-logger = logging.getLogger(__name__)
-
-JSONL = (".jsonl", ".jsonl.gz", ".jsonl.zst")
-MARKDOWN = (".md", ".markdown")
-HTML = (".html", ".htm")
-SUFFIXES = (".txt", *MARKDOWN, *HTML, *JSONL)
 
 LONGEST_TITLE = 120
-NAMED = 10
-"""How many left-out documents a warning names."""
 
 
 @dataclass(frozen=True)
@@ -42,94 +20,27 @@ class Section:
 
 @dataclass(frozen=True)
 class Document:
-    """One document; `title` may be empty. No section is without text."""
+    """One document; `title` may be empty. No section is without text. ValueError if the id is not valid Unicode."""
 
     id: str
     title: str
     sections: tuple[Section, ...]
 
-
-def read_documents(path: str | Path) -> list[Document]:
-    """The documents of a file or, from all levels, of a folder, in the order of their names; all are in memory.
-
-    Hidden files and folders are skipped, and files of other kinds than `SUFFIXES`. A document of a JSONL file has
-    `text` and optionally `title` and `_id` (or `id`); any other file is one document.
-
-    Raises:
-        FileNotFoundError: there is no such path.
-        ValueError: a JSONL line is malformed (file and line are named), an id occurs twice, or there is no text.
-    """
-    path = Path(path)
-    files = {path: path.name} if path.is_file() else _files(path)
-    documents: list[Document] = []
-    undecodable, empty = [], []
-    for file, name in tqdm(files.items(), desc="reading documents", unit="file", delay=2):
-        try:
-            found = list(_parse(file, name, alone=len(files) == 1))
-        except UnicodeDecodeError:
-            undecodable.append(name)
-            continue
-        empty += [document.id for document in found if not document.sections]
-        documents += [document for document in found if document.sections]
-    _warn(undecodable, "files are not UTF-8 text and were left out; save them as UTF-8")
-    _warn(empty, "documents hold no text and were left out")
-    if not documents:
-        raise ValueError(f"{path} holds no text in files of the kinds {', '.join(SUFFIXES)}")
-    seen: set[str] = set()
-    for document in documents:
-        if document.id in seen:
-            raise ValueError(f"{path}: two documents have the id {document.id!r}; ids must be unique")
-        seen.add(document.id)
-    return documents
+    def __post_init__(self) -> None:
+        check_id(self.id)
 
 
-def _files(folder: Path) -> dict[Path, str]:
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} does not exist")
-    named = {file: file.relative_to(folder) for file in sorted(folder.rglob("*")) if file.is_file()}
-    return {
-        file: name.as_posix()
-        for file, name in named.items()
-        if name.name.lower().endswith(SUFFIXES) and not any(part.startswith(".") for part in name.parts)
-    }
+def check_id(name: str) -> None:
+    """ValueError for an id that is not valid Unicode."""
+    if valid_unicode(name) != name:
+        raise ValueError(
+            f"the id {name!r} holds a lone surrogate, which is not valid Unicode: give another id"
+        )
 
 
-def _warn(names: list[str], what: str) -> None:
-    if names:
-        more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-        logger.warning("%d %s: %s%s", len(names), what, ", ".join(names[:NAMED]), more)
-
-
-def _parse(file: Path, name: str, *, alone: bool) -> Iterator[Document]:
-    lower = file.name.lower()
-    if lower.endswith(JSONL):
-        yield from _records(file, "" if alone else f"{name}:")
-    elif lower.endswith(MARKDOWN):
-        yield markdown_document(name, _decoded(file))
-    elif lower.endswith(HTML):
-        yield html_document(name, _decoded(file))
-    else:
-        yield text_document(name, _decoded(file))
-
-
-def _decoded(file: Path) -> str:
-    raw = file.read_bytes()
-    utf16 = raw.startswith((b"\xff\xfe", b"\xfe\xff"))
-    text = raw.decode("utf-16" if utf16 else "utf-8-sig")
-    return text.replace("\r\n", "\n").replace("\r", "\n")
-
-
-def _records(file: Path, prefix: str) -> Iterator[Document]:
-    for number, row in numbered_rows(file):
-        fields = {"title": row.get("title") or "", "text": row.get("text")}
-        for field, value in fields.items():
-            if not isinstance(value, str):
-                raise ValueError(
-                    f"{file}, line {number}: field {field!r} must be a text, not {type(value).__name__}; "
-                    f"the row has {sorted(row)}, a document needs 'text' and may have 'title' and '_id'"
-                )
-        key = row.get("_id", row.get("id", number))
-        yield plain_document(f"{prefix}{key}", str(fields["title"]), str(fields["text"]))
+def valid_unicode(name: str) -> str:
+    """The name with lone surrogates, which stand for what is not valid Unicode, as escapes."""
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def plain_document(id: str, title: str, text: str) -> Document:  # noqa: A002
@@ -196,6 +107,9 @@ class _Outline:
 
 
 _FRONT_MATTER = re.compile(r"\A---\n(.*?\n)?(?:---|\.\.\.)\s*(?:\n|\Z)", re.DOTALL)
+# What stands between the two rules of front matter: "key: value" first, then more of these, lists, indented values.
+_KEY = re.compile(r"[\w\"'$@].*?:(?:\s.*)?")
+_YAML = re.compile(rf"{_KEY.pattern}|[ \t].*|-(?:\s.*)?|#.*|[\]}}].*")
 _ATX = re.compile(r" {0,3}(#{1,6})(?:[ \t]+(.*))?")
 _FENCE = re.compile(r" {0,3}(`{3,}|~{3,})")
 _UNDERLINE = re.compile(r" {0,3}(=+|-{2,})[ \t]*")
@@ -203,7 +117,7 @@ _UNDERLINE = re.compile(r" {0,3}(=+|-{2,})[ \t]*")
 
 def markdown_document(id: str, text: str) -> Document:  # noqa: A002
     """A Markdown document by its headings; front matter gives at most the title, code keeps its lines."""
-    front = _FRONT_MATTER.match(text)
+    front = _front_matter(text)
     named = re.search(r"^title:[ \t]*(.+)$", front[0], re.MULTILINE) if front else None
     text = _without_comments(text[front.end() if front else 0 :])
     outline = _Outline()
@@ -227,6 +141,15 @@ def markdown_document(id: str, text: str) -> Document:  # noqa: A002
             previous = f"{_plain(line)}\n"
     outline.add(previous)
     return outline.document(id, named[1].strip().strip("\"'") if named else "")
+
+
+def _front_matter(text: str) -> re.Match[str] | None:
+    """The front matter that a text begins with, unless what its two rules enclose is more text."""
+    front = _FRONT_MATTER.match(text)
+    lines = [line for line in (front[1] or "").split("\n") if line.strip()] if front else []
+    first = next((line for line in lines if line[0] != "#"), "")
+    settings = _KEY.fullmatch(first) and all(map(_YAML.fullmatch, lines))
+    return front if settings or not lines else None
 
 
 # Plain string methods where a regular expression would take quadratic time on a hostile text.

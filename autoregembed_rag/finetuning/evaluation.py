@@ -15,12 +15,20 @@ from tqdm import tqdm
 DEPTH = 10
 """The rank down to which nDCG looks."""
 
-ENCODED_AT_ONCE = 4096
+ENCODED_AT_ONCE = 512
 """Documents whose vectors are in memory at the same time."""
 
 RESAMPLES = 10_000
 RESAMPLED_NUMBERS_AT_ONCE = 4_000_000
 CONFIDENCE = 0.95
+
+FEWEST = 6
+"""Queries from which a difference can be told: of fewer, p cannot go below 2 / 2^queries > 1 - CONFIDENCE."""
+
+FEW_QUERIES = (
+    f"fewer than {FEWEST} held-out queries can never show a difference, however large: hold out a larger share "
+    "(held_out, --held-out), or give more documents or queries"
+)
 
 
 class Encoder(Protocol):
@@ -79,7 +87,7 @@ def retrieval_score(
 ) -> Scores:
     """nDCG@10 of exact search by cosine, computed by ir-measures.
 
-    Needs the vectors of all queries and of 4,096 texts of the corpus in memory.
+    Needs the vectors of all queries and of 512 texts of the corpus in memory.
 
     Raises:
         ImportError: ir-measures is not installed; it comes with the extra `train`.

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..training.sources import numbered_rows
+from .documents import check_id, valid_unicode
 from .passages import joined
 
 logger = logging.getLogger(__name__)
@@ -21,12 +23,17 @@ class Judged:
     """Documents (id -> title and text), queries (id -> text) and the judgements to train on and to hold out.
 
     Every query of `train` and `dev` has a relevant document in `corpus`; `dev` is empty if there is no dev.tsv.
+    ValueError for an id that is not valid Unicode.
     """
 
     corpus: Mapping[str, str]
     queries: Mapping[str, str]
     train: Qrels
     dev: Qrels
+
+    def __post_init__(self) -> None:
+        for name in (*self.queries, *self.corpus):
+            check_id(name)
 
 
 def read_judged(folder: str | Path) -> Judged:
@@ -58,7 +65,7 @@ def _texts(file: Path, *, titled: bool) -> dict[str, str]:
                 raise ValueError(
                     f"{file}, line {number}: field {name!r} must be a text, not {type(value).__name__}"
                 )
-        key, text, title = map(str, fields)
+        key, text, title = valid_unicode(str(fields[0])), str(fields[1]), str(fields[2])
         if key in texts:
             raise ValueError(f"{file}, line {number}: the _id {key!r} occurs twice; ids must be unique")
         texts[key] = joined(title.strip(), (), text.strip())
@@ -69,9 +76,9 @@ def _qrels(file: Path, queries: Mapping[str, str], corpus: Mapping[str, str]) ->
     """The judgements of existing documents with text, of queries with a relevant one among them."""
     qrels: dict[str, dict[str, int]] = {}
     missing = 0
-    with file.open(encoding="utf-8") as lines:
+    with file.open(encoding="utf-8-sig", errors="surrogateescape") as lines:
         for number, line in enumerate(lines, start=1):
-            if (number == 1 and line.startswith("query-id")) or not line.strip():
+            if not line.strip() or (number == 1 and _is_header(line)):
                 continue
             query, document, grade = _judgement(line, f"{file}, line {number}")
             if not queries.get(query):
@@ -87,7 +94,17 @@ def _qrels(file: Path, queries: Mapping[str, str], corpus: Mapping[str, str]) ->
     return {query: grades for query, grades in qrels.items() if max(grades.values()) > 0}
 
 
+def _is_header(line: str) -> bool:
+    """Three names, the last of them no number; ids may look like anything."""
+    *_, score = cells = line.split("\t")
+    return len(cells) == 3 and re.fullmatch(r"[A-Za-z][\w -]*", score.strip()) is not None
+
+
 def _judgement(line: str, place: str) -> tuple[str, str, int]:
+    try:
+        line.encode()
+    except UnicodeEncodeError:  # what surrogateescape made of bytes that are not UTF-8
+        raise ValueError(f"{place}: broken UTF-8; save the file as UTF-8") from None
     try:
         query, document, grade = line.rstrip("\r\n").split("\t")
         return query, document, int(grade)

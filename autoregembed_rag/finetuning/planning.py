@@ -7,7 +7,7 @@ that each stage makes, with a loss that stands in for its own. Optimizer steps a
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -22,7 +22,7 @@ from ..training.arguments import AlignmentArguments, CompressionArguments, Stage
 from ..training.data import Rows
 from ..training.stage import computes_in_bf16
 from ..training.trainer import Compressor, Distinct
-from .evaluation import Evaluation
+from .evaluation import FEW_QUERIES, FEWEST, Evaluation
 
 QUANTILES = (1 / 6, 1 / 2, 5 / 6)
 """Where batches are taken from rows in the order of their lengths: the middles of three thirds."""
@@ -80,12 +80,14 @@ class Plan:
         counts: how many of what was found.
         stages: in order.
         evaluation: estimated seconds of measuring retrieval before and after.
+        minutes: that were asked for; None is as long as it takes.
     """
 
     kind: str
     counts: Mapping[str, int]
     stages: tuple[StagePlan, ...]
     evaluation: float
+    minutes: float | None = None
 
     @property
     def seconds(self) -> float:
@@ -116,8 +118,19 @@ class Plan:
                 *stages,
                 f"  retrieval before and after: about {duration(self.evaluation)}",
                 f"estimated time: {duration(self.seconds)}",
+                *self._doubts(),
             ]
         )
+
+    def _doubts(self) -> Iterator[str]:
+        """What to mend before time is spent on it."""
+        if self.minutes is not None and self.seconds > 1.001 * 60 * self.minutes:
+            yield (
+                f"{self.minutes:g} minutes do not suffice, every stage takes a step even so: give more time, or train "
+                "fewer stages"
+            )
+        if self.counts.get("held-out queries", FEWEST) < FEWEST:
+            yield FEW_QUERIES
 
 
 def duration(seconds: float) -> str:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
+from ..fingerprint import weights_digest
 from ..training.checkpoints import write_json
 from .curves import draw_losses
-from .evaluation import Comparison, Scores
+from .evaluation import FEW_QUERIES, FEWEST, Comparison, Scores
 from .planning import Plan
 
 REPORT = "report.json"
@@ -58,10 +62,11 @@ class FinetuneReport:
             f"difference:    {c.difference:+.4f} (95% interval {c.low:+.4f} to {c.high:+.4f}, p = {c.p_value:.4f})\n"
             f"verdict: {self.verdict}"
         )
-        return table if self.better else f"{table}\n{ADVICE}"
+        few = [f"Besides, {FEW_QUERIES}."] if c.queries < FEWEST else []
+        return table if self.better else "\n".join([table, ADVICE, *few])
 
     def save(self, folder: str | Path) -> None:
-        """Write `report.json` and `losses.png` into `folder`."""
+        """Write `report.json` and `losses.png` into `folder`, beside the model that they are about."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         draw_losses(self.losses, folder / CURVES)
@@ -69,6 +74,7 @@ class FinetuneReport:
             folder / REPORT,
             {
                 "verdict": self.verdict,
+                "weights": weights_digest(folder),
                 "comparison": asdict(self.comparison),
                 "estimated_seconds": round(self.plan.seconds, 1),
                 "seconds": round(self.seconds, 1),
@@ -81,16 +87,32 @@ class FinetuneReport:
 
     @classmethod
     def load(cls, folder: str | Path) -> FinetuneReport:
-        """The report that `save` wrote into `folder`."""
-        found = read_facts(Path(folder, REPORT))
-        return cls(
-            before=Scores(found["before"]),
-            after=Scores(found["after"]),
-            comparison=Comparison(**found["comparison"]),
-            plan=Plan.from_facts(found["plan"]),
-            losses=found["losses"],
-            seconds=found["seconds"],
-        )
+        """The report that `save` wrote into `folder`; ValueError if that does not hold the same weights any more."""
+        folder = Path(folder)
+        with recorded(folder / REPORT) as found:
+            weights = found["weights"]
+            report = cls(
+                before=Scores(found["before"]),
+                after=Scores(found["after"]),
+                comparison=Comparison(**found["comparison"]),
+                plan=Plan.from_facts(found["plan"]),
+                losses=found["losses"],
+                seconds=found["seconds"],
+            )
+        if _weights(folder) != weights:
+            raise ValueError(
+                f"the weights in {folder} are not those that {folder / REPORT} is about: give another output folder, "
+                "or remove this one to train again"
+            )
+        return report
+
+
+def _weights(folder: Path) -> str | None:
+    """Their digest; None if they are damaged."""
+    try:
+        return weights_digest(folder)
+    except SafetensorError:
+        return None
 
 
 ADVICE = (
@@ -99,11 +121,13 @@ ADVICE = (
 )
 
 
-def read_facts(file: Path) -> dict[str, Any]:
-    """A JSON object that a run wrote; ValueError names the file if it holds none."""
+@contextmanager
+def recorded(file: Path) -> Iterator[dict[str, Any]]:
+    """The JSON object that a run wrote; ValueError names the file if it holds none, or the block finds it wrong."""
     try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
+        yield dict(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        reason = f"it has no {error}" if isinstance(error, KeyError) else error
         raise ValueError(
-            f"{file} is no record of a fine-tuning run ({error}): give another output folder"
+            f"{file} is no record of a fine-tuning run ({reason}): give another output folder"
         ) from error

@@ -16,48 +16,62 @@ import hashlib
 import importlib.util
 import json
 import logging
+import math
 import os
 import random
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from numbers import Integral, Real
 from pathlib import Path
+from types import NoneType
 from typing import Any, cast
 
-from transformers import AutoTokenizer
-
-from ..config import CONFIG_NAME
 from ..decoder import FrozenDecoder
 from ..encoder import AutoRegEncoder
-from ..loading import resolve_folder
 from ..training.alignment import train_alignment
 from ..training.arguments import AlignmentArguments, CompressionArguments, ContrastArguments, StageArguments
-from ..training.checkpoints import sole_writer, write_json
+from ..training.checkpoints import sole_writer
 from ..training.compression import train_compression
 from ..training.contrast import train_contrast
 from ..training.data import Rows, alignment_rows, compression_rows
-from ..training.lora import LoraArguments, lora_pair
 from ..training.stage import read_record
-from ..weights import is_adapter
 from .corpus import CorpusArguments, Prepared, prepare, prepare_documents, prepare_judged
 from .curves import new_figure
 from .documents import Document
 from .evaluation import Scores, compare, retrieval_score
 from .judged import Judged
+from .models import is_base, load_encoder, load_pair
 from .planning import Plan, StagePlan, measure_evaluation, measure_stage, plan_stages
-from .report import REPORT, FinetuneReport, read_facts
+from .report import REPORT, FinetuneReport
+from .state import (
+    EVENTS,
+    STAGES,
+    check_output,
+    read_before,
+    read_plan,
+    remove_remains,
+    stages_done,
+    write_before,
+    write_plan,
+)
 
 logger = logging.getLogger(__name__)
 
-PLAN = "plan.json"
-BEFORE = "before.json"
-STAGES = "stages"
-EVENTS = "runs"
-
 DEFAULT_BLEND = 0.5
 """Share of the trained weights in what becomes of a checkpoint."""
+
+NUMBERS = {
+    "minutes": (Real, NoneType),
+    "held_out": (Real,),
+    "max_tokens": (Integral, NoneType),
+    "lora": (Integral, NoneType),
+    "blend": (Real, NoneType),
+    "seed": (Integral,),
+}
+"""What the numbers among the settings may be."""
 
 Source = str | Path | Sequence[Document] | Judged
 """A path as `corpus.prepare` takes it, documents, or a judged corpus whose train queries are also held out from."""
@@ -80,6 +94,8 @@ class FinetuneArguments:
         blend: share of the trained weights in the result, in (0, 1]; the rest is the weights' before training. None:
             a half if `model` is a checkpoint, all if it is a base language model.
         seed: decides what is held out, which rows a short stage reads, and everything that the stages draw.
+
+    Raises TypeError or ValueError, naming the setting, for one that cannot be used.
     """
 
     compression: CompressionArguments | None = field(default_factory=CompressionArguments)
@@ -94,14 +110,23 @@ class FinetuneArguments:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not self.stages:
+        if not (self.compression or self.alignment or self.contrast):
             raise ValueError("no stage is left to train: give compression, alignment or contrast")
-        if self.minutes is not None and not self.minutes > 0:
-            raise ValueError(f"minutes must be above 0, not {self.minutes}")
+        for name, kind in NUMBERS.items():
+            if not isinstance(getattr(self, name), kind):
+                what = "a whole number" if Integral in kind else "a number"
+                raise TypeError(f"{name} must be {what}, not {getattr(self, name)!r}")
+        if self.minutes is not None and not 0 < self.minutes < math.inf:
+            raise ValueError(f"minutes must be above 0 and finite, not {self.minutes}")
         if not 0 < self.held_out < 1:
             raise ValueError(f"held_out must be between 0 and 1, not {self.held_out}: 0.1 holds out a tenth")
         if self.blend is not None and not 0 < self.blend <= 1:
             raise ValueError(f"blend must be above 0 and at most 1, not {self.blend}: 0.5 averages")
+        for name in ("max_tokens", "lora"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed must be at least 0 and below 2^32, not {self.seed}")
 
     @property
     def stages(self) -> dict[str, StageArguments]:
@@ -140,7 +165,7 @@ def finetune(
         model: a checkpoint (bundled name, folder or hub id), or a base language model.
         arguments: what to train and how long; by default `default_arguments(model)`.
         device: "auto", "cpu", "cuda", "cuda:1", "mps".
-        announce: is given the plan as text, before anything is trained.
+        announce: is given the plan as text, before anything is trained, and before that a line if a run goes on.
 
     Returns:
         Scores before and after; the trained encoder is in `output`.
@@ -148,8 +173,9 @@ def finetune(
     Raises:
         ImportError: matplotlib or ir-measures is missing; both come with the extra `train`.
         FileNotFoundError: there is no such path or model.
-        ValueError: the path holds nothing to train on or too little to hold out; `output` holds something else, or a
-            run of other data or settings; this is one of several processes.
+        TypeError: the source is of another type.
+        ValueError: the path holds nothing to train on or too little to hold out; `output` holds something else, a run
+            of other data or settings, or other weights than its run left; this is one of several processes.
         FloatingPointError, MemoryError, CheckpointError: as `train_compression` does.
     """
     arguments = arguments or default_arguments(model)
@@ -159,10 +185,11 @@ def finetune(
         )
     new_figure(1)  # says now, not after the training, that matplotlib is missing
     output = Path(output)
-    _check_output(output)
+    check_output(output)
+    run = _Run(source, output, model, arguments, device)
     output.mkdir(parents=True, exist_ok=True)
     with sole_writer(output):
-        return _Run(source, output, model, arguments, device).finish(announce)
+        return run.finish(announce)
 
 
 class _Run:
@@ -172,7 +199,7 @@ class _Run:
         self, source: Source, output: Path, model: str | Path, arguments: FinetuneArguments, device: str
     ) -> None:
         self.output, self.model, self.arguments, self.device = output, model, arguments, device
-        self.encoder = _encoder(model, device)
+        self.encoder = load_encoder(model, device)
         self.prepared = _prepared(source, self.encoder, arguments)
         self.rows: dict[str, Rows[Any]] = {
             "compression": compression_rows(self.prepared.compression),
@@ -187,10 +214,16 @@ class _Run:
 
     def finish(self, announce: Callable[[str], object]) -> FinetuneReport:
         """Do what is left to do."""
-        plan = self._plan()
-        if (self.output / REPORT).exists():
+        begun = read_plan(self.output, self.identity)
+        if begun is not None and (self.output / REPORT).exists():
+            report = FinetuneReport.load(self.output)
             shutil.rmtree(self.output / STAGES, ignore_errors=True)
-            return FinetuneReport.load(self.output)
+            return report
+        plan = begun or self._new_plan()
+        if begun is not None:
+            remove_remains(self.output)
+            done = f"{stages_done(self.output)} of {len(plan.stages)} stages are done"
+            announce(f"going on with the run that {self.output} holds: {done}")
         announce(str(plan))
         started = time.monotonic()
         before = self._before()
@@ -222,21 +255,11 @@ class _Run:
     def _folder(self, stage: str) -> Path:
         return self.output / STAGES / stage
 
-    def _plan(self) -> Plan:
-        """The plan that this run began with, or a new one."""
-        file = self.output / PLAN
-        if file.exists():
-            found = read_facts(file)
-            self._check_same(found["run"])
-            return Plan.from_facts(found["plan"])
-        plan = self._new_plan()
-        write_json(file, {"run": self.identity, "plan": plan.facts})
-        return plan
-
     def _new_plan(self) -> Plan:
+        """Measured, and kept for calls that go on."""
         stages = self.arguments.stages
         evaluation = 2 * measure_evaluation(self.encoder, self.prepared.evaluation)
-        encoder, decoder = _pair(self.model, self.arguments, self.device, decoder=set(stages) != {"contrast"})
+        encoder, decoder = self._pair(self.model, decoder=set(stages) != {"contrast"})
         speeds = {
             name: measure_stage(encoder, None if name == "contrast" else decoder, self.rows[name], settings)
             for name, settings in stages.items()
@@ -244,26 +267,22 @@ class _Run:
         minutes = self.arguments.minutes
         budget = None if minutes is None else 60 * minutes - evaluation
         planned = plan_stages({name: len(self.rows[name]) for name in stages}, stages, speeds, budget)
-        return Plan(self.prepared.kind, self.prepared.counts, planned, evaluation)
-
-    def _check_same(self, found: Mapping[str, Any]) -> None:
-        here = json.loads(json.dumps(self.identity))
-        other = sorted(name for name in here.keys() | found.keys() if here.get(name) != found.get(name))
-        if other:
-            changes = ", ".join(f"{name} {found.get(name)!r} -> {here.get(name)!r}" for name in other)
-            raise ValueError(
-                f"{self.output} holds a run of other data or settings ({changes}): give another output folder, or "
-                "remove it"
-            )
+        plan = Plan(self.prepared.kind, self.prepared.counts, planned, evaluation, minutes)
+        write_plan(self.output, self.identity, plan)
+        return plan
 
     def _before(self) -> Scores:
         """Measured once for all calls that go on in this folder."""
-        file = self.output / BEFORE
-        if file.exists():
-            return Scores(read_facts(file))
-        scores = retrieval_score(self.encoder, self.prepared.evaluation, show_progress=True)
-        write_json(file, dict(scores.per_query))
+        scores = read_before(self.output, self.prepared.evaluation)
+        if scores is None:
+            scores = retrieval_score(self.encoder, self.prepared.evaluation, show_progress=True)
+            write_before(self.output, scores)
         return scores
+
+    def _pair(self, start: str | Path, *, decoder: bool) -> tuple[AutoRegEncoder, FrozenDecoder | None]:
+        """What a stage trains, from the model `start`."""
+        lora, seed = self.arguments.lora, self.arguments.seed
+        return load_pair(start, self.device, lora=lora, seed=seed, decoder=decoder)
 
     def _train(self, stage: StagePlan, start: str | Path) -> Path:
         """Run a stage from the model `start`; the folder of what came out."""
@@ -271,7 +290,7 @@ class _Run:
         reports = "tensorboard" if importlib.util.find_spec("tensorboard") else "none"
         settings = replace(stage.apply(self.arguments.stages[stage.name]), report_to=reports)
         rows = self._rows(stage)
-        encoder, decoder = _pair(start, self.arguments, self.device, decoder=stage.name != "contrast")
+        encoder, decoder = self._pair(start, decoder=stage.name != "contrast")
         with _events(self.output / EVENTS / stage.name):
             if stage.name == "contrast":
                 train_contrast(encoder, rows, folder, cast(ContrastArguments, settings))
@@ -286,9 +305,9 @@ class _Run:
     def _blended(self, last: str | Path) -> AutoRegEncoder:
         """What the last stage left, averaged with the weights before training."""
         trained = AutoRegEncoder.from_pretrained(last, device="cpu", dtype="float32")
-        share = self.arguments.blend or (1.0 if _is_base(self.model) else DEFAULT_BLEND)
+        share = self.arguments.blend or (1.0 if is_base(self.model) else DEFAULT_BLEND)
         if share < 1:
-            before = _encoder(self.model, "cpu").model.state_dict()
+            before = load_encoder(self.model, "cpu").model.state_dict()
             for name, weights in trained.model.state_dict().items():
                 weights.lerp_(before[name], 1 - share)
         return trained
@@ -317,50 +336,26 @@ def _prepared(source: Source, encoder: AutoRegEncoder, arguments: FinetuneArgume
         return prepare_judged(source, settings)
     if isinstance(source, str | Path):
         return prepare(source, settings, use_labels=arguments.use_labels)
+    _check_documents(source)
     return prepare_documents(source, settings)
 
 
-def _check_output(output: Path) -> None:
-    """ValueError where `output` holds anything but a run of this kind."""
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"{output} is a file: give a folder")
-    if output.is_dir() and any(output.iterdir()) and not (output / PLAN).exists():
-        raise ValueError(f"{output} is not empty and holds no fine-tuning run: give a new or empty folder")
+def _check_documents(source: object) -> None:
+    if not isinstance(source, Sequence):
+        raise TypeError(f"a path, a list of documents or a Judged is needed, not {type(source).__name__}")
+    for number, document in enumerate(source, start=1):
+        if not isinstance(document, Document):
+            raise TypeError(
+                f"document {number} is a {type(document).__name__}: make a Document of it, for example with "
+                "documents.plain_document(id, title, text)"
+            )
 
 
 def default_arguments(model: str | Path) -> FinetuneArguments:
     """All three stages for a base language model. A checkpoint has the paper's two behind it: the contrast stage."""
-    if _is_base(model):
+    if is_base(model):
         return FinetuneArguments()
     return FinetuneArguments(compression=None, alignment=None)
-
-
-def _is_base(model: str | Path) -> bool:
-    """Is `model` a plain language model, with no compressed tokens?"""
-    folder = resolve_folder(model)
-    if (folder / CONFIG_NAME).is_file() or is_adapter(folder):
-        return False
-    return "<EMBED0>" not in AutoTokenizer.from_pretrained(folder).get_vocab()
-
-
-def _encoder(model: str | Path, device: str) -> AutoRegEncoder:
-    """The whole encoder, an adapter merged; from a base language model an untrained one."""
-    if _is_base(model):
-        return AutoRegEncoder.from_base(model, device=device, dtype="float32")
-    return AutoRegEncoder.from_pretrained(model, device=device, dtype="float32")
-
-
-def _pair(
-    model: str | Path, arguments: FinetuneArguments, device: str, *, decoder: bool
-) -> tuple[AutoRegEncoder, FrozenDecoder | None]:
-    """The encoder to train and, if asked for, its decoder."""
-    if arguments.lora is not None:
-        adapter = LoraArguments(rank=arguments.lora, alpha=2 * arguments.lora, seed=arguments.seed)
-        return lora_pair(model, adapter, device=device)
-    return (
-        _encoder(model, device),
-        FrozenDecoder.from_pretrained(model, device=device) if decoder else None,
-    )
 
 
 @contextmanager

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -31,6 +31,8 @@ def train_alignment(
     rows: RowSource,
     output: str | Path,
     arguments: AlignmentArguments | None = None,
+    *,
+    merge_adapter: bool = False,
 ) -> AutoRegEncoder:
     """Minimise L_CDA over `rows` and save the encoder to `output`.
 
@@ -41,8 +43,9 @@ def train_alignment(
         encoder: the result of stage 1; trained in place, its trained weights in float32.
         decoder: the base language model, never changed.
         rows: queries with a positive and, where there are any, negatives: anything that `alignment_rows` takes.
-        output: folder for the checkpoint; loads with `AutoRegEncoder.from_pretrained`.
+        output: folder for the checkpoint, new or empty; loads with `AutoRegEncoder.from_pretrained`.
         arguments: hyperparameters, by default the paper's.
+        merge_adapter: as in `train_compression`.
 
     Returns:
         The trained encoder, loaded from `output`.
@@ -52,7 +55,7 @@ def train_alignment(
     """
     rows = alignment_rows(rows)
     arguments = arguments or AlignmentArguments()
-    stage = Stage("alignment", encoder, decoder, rows, output, arguments)
+    stage = Stage("alignment", encoder, decoder, rows, output, arguments, merge_adapter=merge_adapter)
     if stage.finished:
         trained = stage.result()
     else:
@@ -68,8 +71,16 @@ def train_alignment(
         chosen = objective(stage, decoder, negatives, arguments)
         trained = stage.run(chosen.collate, chosen.step_loss)
     if stage.trainer_arguments.process_index == 0:
-        shutil.rmtree(stage.output / REFERENCE, ignore_errors=True)
+        _remove_reference(stage.output / REFERENCE)
     return trained
+
+
+def _remove_reference(folder: Path) -> None:
+    """Remove what `ReferenceStore` wrote into `folder`, and the folder if nothing else is there."""
+    for file in folder.glob("scores-*.sqlite*"):
+        file.unlink()
+    with suppress(OSError):
+        folder.rmdir()
 
 
 class Objective:
@@ -78,6 +89,7 @@ class Objective:
     def __init__(
         self, stage: Stage, decoder: FrozenDecoder, negatives: Negatives, arguments: AlignmentArguments
     ) -> None:
+        self.stage = stage
         self.encoder = stage.encoder
         self.decoder = decoder
         self.negatives = negatives
@@ -110,7 +122,7 @@ class LogProbabilities(Objective):
         k = self.encoder.num_compressed_tokens
         return {
             "numbers": [number for number, _ in batch],
-            "prompts": self.encoder.prompts.build_each(list(prompts)),
+            "prompts": self.stage.prompts(list(prompts)),
             "pairs": [prompt for prompt, _ in pairs],
             "targets": self.decoder.target_ids([text for _, text in pairs]),
             "query_pos": torch.tensor(query_pos),
@@ -154,6 +166,7 @@ class LogProbabilities(Objective):
     def _reference_scores(self, stage: Stage) -> ReferenceStore:
         """log p_ref of every positive and every negative of a row's own under e_q,next, what is not on disk yet
         shared among the processes."""
+        stage.claim()
         arguments = stage.trainer_arguments
         key = [
             stage.identity[name] for name in ("encoder", "encoder_dtype", "decoder", "decoder_dtype", "bf16")
@@ -211,7 +224,7 @@ class Divergences(Objective):
             negative.append(found[1:])
         return {
             "numbers": [number for number, _ in batch],
-            "prompts": self.encoder.prompts.build_each(list(prompts)),
+            "prompts": self.stage.prompts(list(prompts)),
             "queries": [query for query, _, _ in compared],
             "documents": [document for _, document, _ in compared],
             "targets": self.decoder.target_ids([text for _, _, text in compared]),

@@ -9,6 +9,16 @@ from numbers import Integral
 from typing import Any, Literal, get_args
 
 AlignmentSimilarity = Literal["sigmoid", "log_sigmoid", "kl", "js"]
+# Transformers' schedules that need nothing else: others want settings of their own, or an evaluation.
+SCHEDULERS = (
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+)
 # What does not change the weights that come out: an interrupted run may go on with others.
 NEUTRAL = ("save_steps", "logging_steps", "report_to")
 
@@ -23,7 +33,7 @@ class StageArguments:
         epochs: passes over the data.
         max_steps: optimizer steps at most; None is as many as `epochs` asks for.
         gradient_accumulation_steps: batches per optimizer step; the loss of all of them together has one mean.
-        warmup_ratio: share of all steps that warms up.
+        warmup_ratio: share of all steps that warms up, the first of them at a rate above 0 already.
         lr_scheduler: transformers' name of the schedule after that, "cosine" or "linear" for example.
         optim: transformers' name of the optimizer, "adamw_torch" or "adamw_torch_fused" for example.
         weight_decay: the optimizer's.
@@ -70,6 +80,11 @@ class StageArguments:
         if not 0 <= self.warmup_ratio < 1:
             raise ValueError(
                 f"warmup_ratio is a share of all steps, from 0 up to but not including 1, not {self.warmup_ratio}"
+            )
+
+        if self.lr_scheduler not in SCHEDULERS:
+            raise ValueError(
+                f"lr_scheduler must be one of {', '.join(SCHEDULERS)}, not {self.lr_scheduler!r}"
             )
 
     def identity(self) -> dict[str, Any]:

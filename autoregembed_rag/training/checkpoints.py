@@ -3,6 +3,9 @@
 A checkpoint is written below `.saving`, where `complete.json` goes in last: it lists every other file with its size.
 Only then does the folder move to `checkpoint-N`, and only then are the older ones removed. So a save that was cut
 short, by a kill or a full disk, is told from a whole one, and what a killed run leaves from what is the user's.
+
+A run writes only into a folder that was new or empty when it claimed it: `.unfinished` is there from before the first
+file of the run until after its record, `training.json`.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import json
 import logging
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 MARKER = "complete.json"
 STAGING = ".saving"
+RECORD = "training.json"
+UNFINISHED = ".unfinished"
 
 
 class CheckpointError(OSError):
@@ -69,6 +75,33 @@ def run_of(folder: Path) -> dict[str, Any]:
     return run
 
 
+def check_free(output: Path) -> None:
+    """ValueError where `output` holds anything but a run of this library: it is not ours to write over."""
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"{output} is a file: give a folder")
+    ours = any((output / name).is_file() for name in (UNFINISHED, RECORD)) or newest_checkpoint(output)
+    if not ours and output.is_dir() and any(output.iterdir()):
+        raise ValueError(f"{output} is not empty and holds no training run: give a new or empty folder")
+
+
+def claim(output: Path) -> None:
+    """Make `output` the folder of a run that has begun; CheckpointError if nothing can be written there, or another
+    run is writing."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        # Where no file can be made, one that is there can still be touched.
+        with sole_writer(output), tempfile.TemporaryFile(dir=output):
+            (output / UNFINISHED).touch()
+        _sync(output)
+    except CheckpointError:
+        raise
+    except OSError as error:
+        raise CheckpointError(
+            f"nothing can be written into {output} ({error.strerror}): give another output folder, or make this one "
+            "writable"
+        ) from error
+
+
 def check_no_stranger(output: Path) -> None:
     """ValueError for a `checkpoint-N` that is not ours: it would be in the way, and is not ours to remove."""
     for folder in _checkpoints(output):
@@ -91,11 +124,17 @@ def remove_all_but(kept: Path | None, output: Path) -> None:
         shutil.rmtree(remains)
 
 
+def end(output: Path) -> None:
+    """Remove what a run needs no longer, now that its record is written."""
+    remove_all_but(None, output)
+    (output / UNFINISHED).unlink(missing_ok=True)
+
+
 def clean_up(output: Path) -> None:
-    """Remove what a run has left that was killed after its end, as it removed its checkpoints."""
-    if _remains(output) or newest_checkpoint(output):
+    """Remove what a run has left that was killed after its end."""
+    if (output / UNFINISHED).exists():
         with sole_writer(output):
-            remove_all_but(None, output)
+            end(output)
 
 
 def sync_files(folder: Path) -> None:

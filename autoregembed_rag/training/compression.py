@@ -23,6 +23,8 @@ def train_compression(
     rows: RowSource,
     output: str | Path,
     arguments: CompressionArguments | None = None,
+    *,
+    merge_adapter: bool = False,
 ) -> AutoRegEncoder:
     """Minimise L_IC over `rows` and save the encoder to `output`.
 
@@ -33,20 +35,22 @@ def train_compression(
         encoder: trained in place, its trained weights in float32.
         decoder: the base language model, never changed.
         rows: what to compress and what to write from it: anything that `compression_rows` takes.
-        output: folder for the checkpoint; loads with `AutoRegEncoder.from_pretrained`.
+        output: folder for the checkpoint, new or empty; loads with `AutoRegEncoder.from_pretrained`.
         arguments: hyperparameters, by default the paper's.
+        merge_adapter: leave a whole model in `output`, where the encoder has a LoRA adapter, instead of that alone.
 
     Returns:
         The trained encoder, loaded from `output`.
 
     Raises:
-        ValueError: rows that cannot be trained on, named by file and line; `output` holds another run.
+        ValueError: rows that cannot be trained on, named by file and line; `output` holds another run, or no run.
         FloatingPointError: the loss is no longer finite; its rows are named.
         MemoryError: out of memory; the message says what to lower.
-        CheckpointError: a checkpoint could not be written; the one before it is intact.
+        CheckpointError: `output` or a checkpoint could not be written; the one before it is intact.
     """
     rows = compression_rows(rows)
-    stage = Stage("compression", encoder, decoder, rows, output, arguments or CompressionArguments())
+    arguments = arguments or CompressionArguments()
+    stage = Stage("compression", encoder, decoder, rows, output, arguments, merge_adapter=merge_adapter)
     if stage.finished:
         return stage.result()
     _check_rows(rows, encoder, decoder)
@@ -55,7 +59,7 @@ def train_compression(
         targets = decoder.target_ids([row.output for _, row in batch])
         return {
             "numbers": [number for number, _ in batch],
-            "prompts": encoder.prompts.build_each([(row.context, row.instruction) for _, row in batch]),
+            "prompts": stage.prompts([(row.context, row.instruction) for _, row in batch]),
             "targets": targets,
             "labels": torch.ones(1, sum(map(len, targets)), dtype=torch.long),
         }

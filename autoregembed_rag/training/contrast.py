@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..encoder import AutoRegEncoder, pool
 from .arguments import ContrastArguments
-from .data import AlignmentRow, alignment_rows
+from .data import AlignmentRow, Rows, alignment_rows
 from .sources import RowSource
 from .stage import Stage
 from .trainer import Batch, Distinct
@@ -32,7 +32,7 @@ def train_contrast(
     Args:
         encoder: trained in place, its trained weights in float32; its pooling is the one that is trained.
         rows: queries with a positive, and negatives where there are any: anything that `alignment_rows` takes.
-        output: folder for the checkpoint; loads with `AutoRegEncoder.from_pretrained`.
+        output: folder for the checkpoint, new or empty; loads with `AutoRegEncoder.from_pretrained`.
         arguments: hyperparameters.
 
     Returns:
@@ -46,6 +46,7 @@ def train_contrast(
     stage = Stage("contrast", encoder, None, rows, output, arguments)
     if stage.finished:
         return stage.result()
+    _check_rows(rows)
 
     def collate(batch: list[tuple[int, AlignmentRow]]) -> Batch:
         documents: Distinct[str] = Distinct()
@@ -61,7 +62,7 @@ def train_contrast(
         prompts += [(text, words.document_instruction) for text in texts]
         return {
             "numbers": [number for number, _ in batch],
-            "prompts": encoder.prompts.build_each(prompts),
+            "prompts": stage.prompts(prompts),
             "targets": torch.tensor(targets),
             "answers": torch.tensor(also),
             "labels": torch.ones(1, len(batch), dtype=torch.long),
@@ -73,6 +74,22 @@ def train_contrast(
         return contrast_loss(vectors[:size], vectors[size:], targets, batch["answers"], arguments.temperature)
 
     return stage.run(collate, step_loss)
+
+
+def _check_rows(rows: Rows[AlignmentRow]) -> None:
+    """ValueError for rows among which no query has a document, and no document a query, to be told apart from."""
+    first = rows[0]
+    other_query = other_positive = False
+    for row in rows:
+        other_query |= row.query != first.query
+        other_positive |= row.pos != first.pos
+        if row.neg or (other_query and other_positive):
+            return
+    same = "positive" if other_query else "query"
+    raise ValueError(
+        f"all rows have the same {same} and none a negative, so there is nothing to tell apart: add negatives, or rows "
+        "with other queries and positives"
+    )
 
 
 def _answers(rows: list[AlignmentRow], documents: list[str]) -> list[list[bool]]:

@@ -26,6 +26,7 @@ from .sources import RowSource, Source, field_names, sources_of
 logger = logging.getLogger(__name__)
 
 SHOWN = 5  # bad rows that one error names
+SKIPPING = "training and mining can leave invalid rows out (skip_invalid=True, --skip-invalid)"
 
 
 class _Row:
@@ -306,10 +307,9 @@ class _Scan(Generic[T]):
         if self._invalid == self._rows and skip_invalid:
             raise ValueError(f"none of {self._rows:,} rows is valid:\n{shown}")
         if self._invalid == 1:
-            raise ValueError(f"{shown}\nmend or remove the row, or leave it out with skip_invalid")
+            raise ValueError(f"{shown}\nmend or remove the row; {SKIPPING}")
         raise ValueError(
-            f"{self._invalid:,} of {self._rows:,} rows are invalid; mend or remove them, or leave them out with "
-            f"skip_invalid:\n{shown}"
+            f"{self._invalid:,} of {self._rows:,} rows are invalid; mend or remove them; {SKIPPING}:\n{shown}"
         )
 
 

@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..config import CONFIG_NAME, AutoRegConfig
@@ -25,6 +25,7 @@ from ..loading import (
     embedding_table,
     initial_rows,
     load_model,
+    load_tokenizer,
     model_arguments,
     resolve_folder,
     untrained_config,
@@ -96,7 +97,7 @@ def lora_pair(
     """
     require_peft()
     folder = resolve_folder(model)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = load_tokenizer(folder)
     goes_on = is_adapter(folder)
     if not goes_on:
         _check_base(folder, tokenizer.get_vocab())
@@ -105,7 +106,7 @@ def lora_pair(
     lm = load_model(AutoModelForCausalLM, base, keywords)
     lm.to(place).requires_grad_(False)  # type: ignore[arg-type]
     body = cast(PreTrainedModel, lm.base_model)
-    decoder = FrozenDecoder(lm, AutoTokenizer.from_pretrained(base), frozen=base_alone(body))
+    decoder = FrozenDecoder(lm, load_tokenizer(base), frozen=base_alone(body))
     if goes_on:
         config = checkpoint_config(folder, tokenizer.get_vocab())
         adapted = _recorded_adapter(lm, folder, arguments, config)

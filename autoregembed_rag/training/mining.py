@@ -17,19 +17,16 @@ Notable decisions:
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import logging
 import operator
 import os
-import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TextIO, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,6 +35,7 @@ from tqdm import tqdm
 from ..encoder import AutoRegEncoder
 from .data import AlignmentRow, Rows, alignment_rows
 from .mining_report import COUNTS, Histogram, MiningReport
+from .output_file import check_output, whole_or_not_at_all
 from .sources import RowSource
 
 if TYPE_CHECKING:
@@ -122,18 +120,15 @@ def mine_negatives(
 
     Raises:
         ValueError: a bad row, an empty index, one of another encoder (both fingerprints are named) or dimension, or
-            an output that is not named .jsonl.
+            an output that is not named .jsonl or is the file of the rows.
         OSError: the output cannot be written; nothing is left of it.
     """
     arguments = arguments or MiningArguments()
     output = Path(output)
-    if output.suffix != ".jsonl":
-        raise ValueError(
-            f"mined rows are written as plain JSONL: name the output {output.with_suffix('.jsonl')}"
-        )
+    check_output(output, [rows] if isinstance(rows, str | os.PathLike) else [])
     _check_index(encoder, index)
     checked = alignment_rows(rows)
-    with _whole_or_not_at_all(output) as file:
+    with whole_or_not_at_all(output) as file:
         miner = _Miner(encoder, index, checked, arguments)
         for record in tqdm(miner.records(), "mining", total=len(checked), unit="row", disable=None):
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
@@ -374,22 +369,3 @@ def share_of(scores: NDArray[np.float64], positive: float) -> NDArray[np.float64
 def _hit_with(text: str, hits: list[_Keyed]) -> _Keyed | None:
     key = text_key(text)
     return next((hit for hit in hits if hit.key == key), None)
-
-
-@contextmanager
-def _whole_or_not_at_all(path: Path) -> Iterator[TextIO]:
-    """A file to write that gets its name once it is whole and on disk; after an error nothing is left of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.is_dir():
-        raise IsADirectoryError(errno.EISDIR, "the output is a folder; name a file in it", str(path))
-    beside = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
-    try:
-        # Half a surrogate pair, which UTF-8 cannot hold, is written as the escape \udXXX, which JSON can.
-        with beside.open("x", encoding="utf-8", errors="backslashreplace") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+REPORT, HISTOGRAM = "report.json", "histogram.png"
 BINS = 2000
 BARS = 100  # in a picture
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
@@ -97,11 +98,11 @@ class MiningReport:
         figure = new_figure()
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "report.json").write_text(json.dumps(self.facts, indent=2) + "\n", encoding="utf-8")
+        (folder / REPORT).write_text(json.dumps(self.facts, indent=2) + "\n", encoding="utf-8")
         scores, shares = figure.subplots(1, 2)
         self._draw_scores(scores)
         self._draw_shares(shares)
-        figure.savefig(folder / "histogram.png", dpi=150)
+        figure.savefig(folder / HISTOGRAM, dpi=150)
 
     def _draw_scores(self, axes: Axes) -> None:
         self.positive_scores.draw(axes, "positives", POSITIVE)

@@ -6,10 +6,8 @@ file first, in the folder that `TMPDIR` names.
 
 from __future__ import annotations
 
-import csv
 import errno
 import gzip
-import importlib
 import json
 import os
 import tempfile
@@ -20,25 +18,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import (
-    TYPE_CHECKING,
-    Any,
-    BinaryIO,
-    Protocol,
-    TypeAlias,
-    cast,
-)
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, TypeAlias, cast
 
-import numpy as np
+from .tables import arrow_file_records, arrow_records, csv_records, frame_records, needed
 
 if TYPE_CHECKING:
     from .data import _Row
 
 RowSource: TypeAlias = "str | os.PathLike[str] | Iterable[Any]"
-
-BATCH = 1000  # rows of a table turned into Python objects at a time
-# Characters in a cell of a CSV file at most: an unclosed quote would take in the rest of the file.
-LONGEST_CELL = 2**24
 
 
 class Source(Protocol):
@@ -188,10 +175,10 @@ def sources_of(source: RowSource) -> list[Source]:
     if isinstance(source, list | tuple) and source and isinstance(source[0], str | os.PathLike):
         return [_file(Path(one)) for one in source]
     if type(source).__module__.split(".")[0] == "pandas":
-        return [_Copied("", "row", enumerate(_frame_records(source), start=1))]
+        return [_Copied("", "row", enumerate(frame_records(source), start=1))]
     if hasattr(source, "__arrow_c_stream__"):
-        batches = _needed("pyarrow", "an Arrow table").RecordBatchReader.from_stream(source)
-        return [_Copied("", "row", enumerate(_arrow_records(batches), start=1))]
+        batches = needed("pyarrow", "an Arrow table").RecordBatchReader.from_stream(source)
+        return [_Copied("", "row", enumerate(arrow_records(batches), start=1))]
     if hasattr(source, "__len__") and hasattr(source, "__getitem__"):
         return [_InPlace(cast("Sequence[object]", source))]
     if isinstance(source, Iterable):
@@ -204,16 +191,21 @@ def sources_of(source: RowSource) -> list[Source]:
 def _file(path: Path) -> Source:
     if path.is_dir():
         raise IsADirectoryError(
-            errno.EISDIR, "a folder, not a file of rows; pass a list of its files", str(path)
+            errno.EISDIR,
+            "a folder, not a file of rows; give a file (in Python also a list of files)",
+            str(path),
         )
     if not path.exists():
         raise FileNotFoundError(errno.ENOENT, "no such file of rows", str(path))
-    suffix = Path(path.stem if path.suffix in (".gz", ".zst") else path).suffix
-    if suffix in (".csv", ".tsv"):
-        return _Copied(str(path), "line", _csv_records(path, "," if suffix == ".csv" else "\t"))
-    if path.suffix in (".parquet", ".arrow", ".feather"):
-        return _Copied(str(path), "row", enumerate(_arrow_file_records(path), start=1))
-    if path.suffix in (".gz", ".zst") or not path.is_file():  # not a file: a pipe
+    ending = path.suffix.lower()
+    packed = ending in (".gz", ".zst")
+    inner = Path(path.stem).suffix.lower() if packed else ending
+    if inner in (".csv", ".tsv"):
+        cells = csv_records(str(path), _lines(path), "," if inner == ".csv" else "\t")
+        return _Copied(str(path), "line", cells)
+    if ending in (".parquet", ".arrow", ".feather"):
+        return _Copied(str(path), "row", enumerate(arrow_file_records(path), start=1))
+    if packed or not path.is_file():  # not a file: a pipe
         lines = ((n, _outcome(line)) for n, line in enumerate(_lines(path), start=1) if line.strip())
         return _Copied(str(path), "line", lines)
     return _JsonLines(path)
@@ -240,97 +232,6 @@ def _object(line: bytes) -> dict[str, Any]:
     return row
 
 
-def _csv_records(path: Path, delimiter: str) -> Iterator[tuple[int, object]]:
-    """The rows below the header, each with the line it begins on."""
-    texts = (
-        line.decode("utf-8-sig" if i == 0 else "utf-8", "surrogateescape")
-        for i, line in enumerate(_lines(path))
-    )
-    limit = csv.field_size_limit(LONGEST_CELL)
-    try:
-        cells = csv.reader(texts, delimiter=delimiter, strict=True)
-        header: list[str] = []
-        while True:
-            number = cells.line_num + 1
-            try:
-                row = next(cells)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                yield number, ValueError(f"not CSV ({error}); is a quote left open?")
-                continue
-            if header and row:
-                yield number, _csv_record(header, row)
-            header = header or row
-    finally:
-        csv.field_size_limit(limit)
-
-
-def _csv_record(header: list[str], row: list[str]) -> dict[str, str | None] | ValueError:
-    try:
-        "".join(row).encode()
-    except UnicodeEncodeError:  # what surrogateescape made of bytes that are not UTF-8
-        return ValueError("broken UTF-8; save the file as UTF-8")
-    if len(row) != len(header):
-        return ValueError(f"{len(row)} cells, but the header has {len(header)}")
-    return {name: cell or None for name, cell in zip(header, row, strict=True)}
-
-
-def _frame_records(frame: Any) -> Iterator[object]:  # noqa: ANN401
-    for start in range(0, len(frame), BATCH):
-        part = frame.iloc[start : start + BATCH]
-        for record in part.astype(object).where(part.notna(), None).to_dict("records"):
-            yield {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in record.items()}
-
-
-def _arrow_file_records(path: Path) -> Iterator[object]:
-    pyarrow = _needed("pyarrow", str(path))
-    try:
-        if path.suffix == ".parquet":
-            with _needed("pyarrow.parquet", str(path)).ParquetFile(path) as file:
-                yield from _arrow_records(file.iter_batches(batch_size=BATCH))
-        else:
-            with pyarrow.memory_map(str(path)) as mapped:
-                yield from _arrow_records(_ipc_batches(pyarrow, mapped))
-    except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"{path}: {error}") from error
-
-
-def _ipc_batches(pyarrow: Any, mapped: Any) -> Iterator[Any]:  # noqa: ANN401
-    """Both formats that go by the name .arrow: the file, and the stream that Hugging Face datasets write."""
-    magic = mapped.read(6)
-    mapped.seek(0)
-    if magic == b"ARROW1":
-        file = pyarrow.ipc.open_file(mapped)
-        return (file.get_batch(i) for i in range(file.num_record_batches))
-    return iter(pyarrow.ipc.open_stream(mapped))
-
-
-def _arrow_records(batches: Iterable[Any]) -> Iterator[object]:
-    for batch in batches:
-        for start in range(0, batch.num_rows, BATCH):
-            part = batch.slice(start, BATCH)
-            try:
-                yield from part.to_pylist()
-            except UnicodeDecodeError:
-                yield from (_arrow_record(part.slice(i, 1)) for i in range(part.num_rows))
-
-
-def _arrow_record(row: Any) -> object:  # noqa: ANN401
-    try:
-        return row.to_pylist()[0]
-    except UnicodeDecodeError as error:
-        return ValueError(f"broken UTF-8 ({error.reason}); write the table with valid texts")
-
-
-def _needed(module: str, what: str) -> Any:  # noqa: ANN401
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        package = module.split(".")[0]
-        raise ImportError(f'{what} needs {package}: pip install "autoregembed-rag[train]"') from None
-
-
 def read_jsonl(path: str | Path) -> Iterator[dict[str, Any]]:
     """The objects of a JSONL file, plain, .gz or .zst; blank lines are skipped."""
     return (row for _, row in numbered_rows(path))
@@ -349,15 +250,16 @@ def numbered_rows(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def _lines(path: Path) -> Iterator[bytes]:
     """The lines of a file, plain, .gz or .zst; ValueError if the compressed data is damaged or cut off."""
+    ending = path.suffix.lower()
     damage: tuple[type[Exception], ...] = (EOFError, zlib.error, gzip.BadGzipFile)
-    if path.suffix == ".zst":
-        zstandard = _needed("zstandard", str(path))
+    if ending == ".zst":
+        zstandard = needed("zstandard", str(path))
         damage = (*damage, zstandard.ZstdError)
     try:
         with path.open("rb") as file:
-            if path.suffix == ".zst":
+            if ending == ".zst":
                 yield from _split(_zstd_chunks(file, zstandard))
-            elif path.suffix == ".gz":
+            elif ending == ".gz":
                 yield from gzip.GzipFile(fileobj=file)
             else:
                 yield from file

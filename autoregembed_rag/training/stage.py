@@ -5,24 +5,32 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
-from transformers import TrainerState, TrainingArguments
+from transformers import PreTrainedModel, TrainerState, TrainingArguments
+from transformers.integrations.integration_utils import get_available_reporting_integrations
 from transformers.trainer import TRAINER_STATE_NAME
 
 from ..decoder import FrozenDecoder
 from ..encoder import AutoRegEncoder
+from ..fingerprint import weights_digest
 from ..loading import resolve_dtype
 from .arguments import StageArguments
 from .checkpoints import (
+    RECORD,
     CheckpointError,
+    check_free,
     check_no_stranger,
+    claim,
     clean_up,
+    end,
     newest_checkpoint,
     remove_all_but,
     run_of,
@@ -37,8 +45,6 @@ from .trainer import Collate, StageTrainer, StepLoss, wait_for_everyone
 
 logger = logging.getLogger(__name__)
 
-RECORD = "training.json"
-
 
 class Stage:
     """One run of one stage: who is trained on what, and the folder that remembers how far it is."""
@@ -51,12 +57,14 @@ class Stage:
         rows: Rows[Any],
         output: str | Path,
         arguments: StageArguments,
+        *,
+        merge_adapter: bool = False,
     ) -> None:
         """Look into `output`.
 
         Raises:
-            ValueError: it holds a run of other rows, another model or other settings, or the decoder cannot read the
-                encoder's vectors.
+            ValueError: it holds something else, a run of other rows, another model or other settings, or other weights
+                than its run left; or the decoder cannot read the encoder's vectors.
         """
         if decoder is not None:
             check_pair(encoder, decoder)
@@ -83,7 +91,9 @@ class Stage:
             "encoder_dtype": str(encoder.model.dtype),
             "decoder_dtype": None if decoder is None else str(decoder.model.dtype),
             "processes": self.trainer_arguments.world_size,
+            "merge_adapter": merge_adapter and encoder.has_adapter,
         }
+        self._cut: set[int] = set()
         self.resumed = newest_checkpoint(self.output)
         self.record = self._record()
 
@@ -104,25 +114,46 @@ class Stage:
             self.output, device=self.trainer_arguments.device, dtype=model.dtype
         )
 
+    def prompts(self, texts: Sequence[tuple[str, str]]) -> list[list[int]]:
+        """Prompts for texts, each under an instruction of its own, as `PromptBuilder.build_each` makes them; those
+        that were cut are counted, each once."""
+        ids = self.encoder.prompts.build_each(texts)
+        longest = self.encoder.config.max_length
+        for (text, instruction), prompt in zip(texts, ids, strict=True):
+            if len(prompt) == longest and self.encoder.prompts.build([text], instruction).num_cut:
+                self._cut.add(hash((text, instruction)))
+        return ids
+
+    def claim(self) -> None:
+        """Make `output` this run's, before anything is written there.
+
+        CheckpointError: nothing can be.
+        """
+        if self._leads:
+            claim(self.output)
+        wait_for_everyone()
+
     def run(self, collate: Collate, step_loss: StepLoss) -> AutoRegEncoder:
         """Train, going on from the newest complete checkpoint, and leave the encoder and a record in `output`.
 
         Raises:
-            CheckpointError: a save failed, or another run is writing into `output`.
+            CheckpointError: `output` cannot be written, a save failed, or another run is writing there.
             FloatingPointError: the loss or a weight is not finite.
             ValueError: `output` holds checkpoints of something else.
         """
-        self.output.mkdir(parents=True, exist_ok=True)
+        self.claim()
         with sole_writer(self.output) if self._leads else nullcontext():
             if self._leads:
                 self._prepare_output()
             started = time.monotonic()
             if self.resumed is not None:
-                logger.info("going on from %s", self.resumed)
+                if self._leads:
+                    logger.info("going on from %s", self.resumed)
                 self.encoder.load_weights(self.resumed)
             log = self._log_of_all_steps()
             if log is None:
                 log = self._train(collate, step_loss)
+                self._warn_of_cut_texts()
             elif self._leads:
                 with saving(self.output):
                     self.encoder.save_pretrained(self.output)
@@ -137,12 +168,13 @@ class Stage:
         return bool(self.trainer_arguments.process_index == 0)
 
     def _check_output(self) -> None:
-        """ValueError where the result would take the place of a model that the run needs until its end."""
+        """ValueError where the result would take the place of something else, such as a model that the run needs."""
         for model in (self.encoder._source, self.encoder.config.decoder):
             if model is not None and Path(model).resolve() == self.output.resolve():
                 raise ValueError(
                     f"{self.output} is the model to be trained, or its decoder: give another output folder"
                 )
+        check_free(self.output)
 
     def _prepare_output(self) -> None:
         check_no_stranger(self.output)
@@ -162,33 +194,45 @@ class Stage:
     def _train(self, collate: Collate, step_loss: StepLoss) -> list[dict[str, float]]:
         """Train and save; Trainer's log."""
         trainer = StageTrainer(self, collate, step_loss)
-        recompute = self.arguments.gradient_checkpointing
-        body: Any = self.encoder.model
+        body, recompute = self.encoder.model, self.arguments.gradient_checkpointing
         if recompute:
-            body.gradient_checkpointing_enable({"use_reentrant": False})
+            recompute_activations(body)
         self._compile()
         try:
             trainer.train(resume_from_checkpoint=None if self.resumed is None else str(self.resumed))
         finally:
             if recompute:
-                body.gradient_checkpointing_disable()
+                recompute_activations(body, False)
             body.train(False)
         trainer.check_weights(cast(nn.Module, trainer.model))
         with saving(self.output):
             trainer.save_model(str(self.output))
         return trainer.state.log_history
 
+    def _warn_of_cut_texts(self) -> None:
+        if self._cut and self._leads:
+            logger.warning(
+                "%d texts were cut to fit into prompts of %d tokens: split long texts, or raise max_length",
+                len(self._cut),
+                self.encoder.config.max_length,
+            )
+
     def _finish(self, log: list[dict[str, float]], seconds: float) -> None:
+        if self.identity["merge_adapter"]:
+            AutoRegEncoder.from_pretrained(self.output, device="cpu", dtype="float32").save_pretrained(
+                self.output
+            )
         sync_files(self.output)
         record = {
             "run": self.identity,
+            "weights": weights_digest(self.output),
             "rows": len(self.rows),
             "seconds": round(seconds, 1),
             "versions": {name: version(name) for name in ("autoregembed-rag", "torch", "transformers")},
             "losses": [entry for entry in log if "loss" in entry],
         }
         write_json(self.output / RECORD, record)
-        remove_all_but(None, self.output)
+        end(self.output)
 
     def _compile(self) -> None:
         if not self.arguments.torch_compile:
@@ -198,16 +242,29 @@ class Stage:
             self.decoder.model.base_model.compile(dynamic=True)
 
     def _record(self) -> dict[str, Any] | None:
-        """What a finished run left; ValueError if that, or a checkpoint, is another run's."""
+        """What a finished run left; ValueError if that, or a checkpoint, is another run's, or the weights are."""
         file = self.output / RECORD
         record = read_record(self.output) if file.exists() else None
         if record is not None:
             self._check_same(record["run"], file)
+            self._check_weights(record)
             if self._leads:
                 clean_up(self.output)
+                logger.info("%s holds the result of this very run already", self.output)
         elif self.resumed is not None:
             self._check_same(run_of(self.resumed), self.resumed)
         return record
+
+    def _check_weights(self, record: dict[str, Any]) -> None:
+        try:
+            found = weights_digest(self.output)
+        except SafetensorError:
+            found = None
+        if found != record.get("weights"):
+            raise ValueError(
+                f"the weights in {self.output} are not those that this run left there: give another output folder, or "
+                "empty this one to train again"
+            )
 
     def _check_same(self, found: dict[str, Any], where: Path) -> None:
         other = {
@@ -219,14 +276,15 @@ class Stage:
             )
             raise ValueError(
                 f"{where} is of another run ({changes}): give another output folder, go on with the same settings, or "
-                "remove it"
+                "empty this one"
             )
 
 
 def trainer_arguments(
     settings: StageArguments, output: Path, device: torch.device, bf16: bool
 ) -> TrainingArguments:
-    """`settings` in the words of transformers' Trainer."""
+    """`settings` in the words of transformers' Trainer; ValueError for reports that cannot be made here."""
+    _check_reports(settings.report_to)
     arguments = TrainingArguments(
         output_dir=str(output),
         per_device_train_batch_size=settings.batch_size,
@@ -255,14 +313,33 @@ def trainer_arguments(
     return arguments
 
 
-def read_record(output: str | Path) -> dict[str, Any]:
-    """What a finished stage left in its output folder: settings, rows, seconds, versions, losses."""
-    file = Path(output, RECORD)
-    record = json.loads(file.read_text(encoding="utf-8"))
-    if not isinstance(record, dict) or not isinstance(record.get("run"), dict):
+def _check_reports(report_to: str) -> None:
+    known = ["none", "all", *get_available_reporting_integrations()]  # type: ignore[no-untyped-call]
+    if report_to not in known:
         raise ValueError(
-            f"{file} is no record of a training run: give another output folder, or move it away"
+            f"report_to={report_to!r} is not installed, or not known: install it, or use one of {', '.join(known)}"
         )
+
+
+def recompute_activations(model: PreTrainedModel, on: bool = True) -> None:
+    """Have `model` compute its activations again in the backward pass, or no longer."""
+    # Transformers 5.23 gave the methods a new name.
+    kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    if on:
+        getattr(model, f"{kind}_checkpointing_enable")({"use_reentrant": False})
+    else:
+        getattr(model, f"{kind}_checkpointing_disable")()
+
+
+def read_record(output: str | Path) -> dict[str, Any]:
+    """What a finished stage left in its output folder: settings, weights, rows, seconds, versions, losses."""
+    file = Path(output, RECORD)
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        record = None
+    if not isinstance(record, dict) or not isinstance(record.get("run"), dict):
+        raise ValueError(f"{file} is damaged, or no record of a training run: give another output folder")
     return record
 
 

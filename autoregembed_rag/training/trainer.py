@@ -4,6 +4,7 @@ it."""
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -24,6 +25,7 @@ from transformers import (
     TrainerControl,
     TrainerState,
     TrainingArguments,
+    get_scheduler,
 )
 from transformers.trainer import SCHEDULER_NAME
 
@@ -221,6 +223,22 @@ class StageTrainer(SafeTrainer):
         batch = together * self.args.gradient_accumulation_steps
         order = LengthBatches(self.stage.rows.lengths, batch, self.args.seed)
         return EvenRows(order, together, epoch=lambda: int(self.state.epoch or 0))
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """Trainer's, less its first rate, which is 0 and trains nothing: w steps of warm-up are at 1/(w+1) to w/(w+1)
+        of the peak."""
+        warmup = self.args.get_warmup_steps(num_training_steps)
+        paced = optimizer or self.optimizer
+        if self.lr_scheduler is None and warmup and paced is not None:
+            self.lr_scheduler = get_scheduler(
+                self.args.lr_scheduler_type, paced, warmup + 1, num_training_steps + 1
+            )
+            with warnings.catch_warnings():  # no step of the optimizer comes before this one
+                warnings.simplefilter("ignore", UserWarning)
+                self.lr_scheduler.step()
+        return super().create_scheduler(num_training_steps, optimizer)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401
         """Trainer's, with a remedy where memory ran out."""

@@ -1,7 +1,6 @@
 """Somebody's own corpus: reading, splitting, rows for both stages, and what is held out."""
 
 import json
-import logging
 import random
 from itertools import islice
 from pathlib import Path
@@ -12,15 +11,10 @@ from hypothesis import strategies as st
 
 from autoregembed_rag.config import DOCUMENT_INSTRUCTION, QUERY_INSTRUCTION
 from autoregembed_rag.finetuning import corpus as corpus_module
-from autoregembed_rag.finetuning.corpus import CorpusArguments, corpus_kind, prepare, prepare_documents
-from autoregembed_rag.finetuning.documents import (
-    Document,
-    Section,
-    html_document,
-    markdown_document,
-    read_documents,
-    text_document,
-)
+from autoregembed_rag.finetuning.corpus import CorpusArguments, prepare, prepare_documents
+from autoregembed_rag.finetuning.documents import Document, Section
+from autoregembed_rag.finetuning.judged import Judged, read_judged
+from autoregembed_rag.finetuning.kinds import corpus_kind
 from autoregembed_rag.finetuning.passages import sentence_spans, split_documents
 from autoregembed_rag.finetuning.queries import fold
 from autoregembed_rag.training.data import AlignmentRow, alignment_rows, compression_rows
@@ -55,136 +49,6 @@ def made_up(n: int, sentences: int = 4, seed: int = 0) -> list[Document]:
         )
         for i in range(n)
     ]
-
-
-# ---- reading
-
-
-def test_markdown_gives_title_headings_and_text_without_marks():
-    document = markdown_document(
-        "guide.md",
-        "---\ntitle: Front\n---\n\nPods\n====\nA [pod](x.md) runs **containers**.\n\n"
-        "## Restarts ##\n```sh\n# not a heading\n```\nThey restart.\n\n### Back-off\nIt grows.\n\n## Limits\nCPU.\n",
-    )
-    assert document.title == "Pods"
-    assert document.sections == (
-        Section((), "A pod runs containers."),
-        Section(("Restarts",), "# not a heading\nThey restart."),
-        Section(("Restarts", "Back-off"), "It grows."),
-        Section(("Limits",), "CPU."),
-    )
-    assert markdown_document("a.md", "---\ntitle: 'Front'\n---\nText.").title == "Front"
-    assert markdown_document("a.md", "# C#\ntext <!-- hidden\nlines --> seen <!-- open").title == "C#"
-    assert markdown_document("a.md", "text <!-- hidden\nlines -->seen <!-- open").sections == (
-        Section((), "text seen <!-- open"),
-    )
-    assert markdown_document("a.md", "No heading.\n\n---\n\nA rule above.").sections == (
-        Section((), "No heading.\n\n---\n\nA rule above."),
-    )
-
-
-def test_html_gives_title_headings_and_text_without_menus_and_scripts():
-    document = html_document(
-        "page.html",
-        "<html><head><title>Pods - Site</title><style>p {}</style></head><body><nav><h2>Menu</h2>home</nav>"
-        "<h1>Pods &amp; more</h1><p>One   <b>pod</b>.<p>Two<br>pods.<script>run()</script>"
-        "<h2>Code</h2><pre>if x:\n    y</pre><footer>(c)</footer></body></html>",
-    )
-    assert document.title == "Pods & more"
-    assert document.sections == (
-        Section((), "One pod.\n\nTwo\n\npods."),
-        Section(("Code",), "if x:\n    y"),
-    )
-
-
-@pytest.mark.parametrize(
-    ("page", "text"),
-    [
-        ("<div><nav>menu</div><p>Text after.", "Text after."),  # <nav> ends with what it stands in
-        ("<h2>Head<p>Text after.", "Text after."),  # a heading without an end tag
-        ("</div></nav>Text after.", "Text after."),
-        ("<p>Text after", "Text after"),
-    ],
-)
-def test_broken_html_loses_no_text(page, text):
-    assert [section.text for section in html_document("x", page).sections] == [text]
-
-
-@pytest.mark.parametrize(
-    ("text", "title", "body"),
-    [
-        ("The Title\n\nBody text.", "The Title", "Body text."),
-        ("The Title\n=========\nBody text.", "The Title", "Body text."),
-        ("A sentence.\n\nAnother.", "", "A sentence.\n\nAnother."),
-        ("A line that\nwraps.", "", "A line that\nwraps."),
-        ("Only a line", "", "Only a line"),
-        (f"{'word ' * 30}\n\nBody.", "", f"{'word ' * 30}\n\nBody."),
-    ],
-)
-def test_the_first_line_of_a_text_is_a_title_only_if_it_looks_like_one(text, title, body):
-    document = text_document("x.txt", text)
-    assert (document.title, document.sections[0].text) == (title, body)
-
-
-def test_a_folder_is_read_in_all_levels_and_what_is_left_out_is_named(tmp_path, caplog):
-    (tmp_path / "sub").mkdir()
-    (tmp_path / ".git").mkdir()
-    (tmp_path / "b.txt").write_bytes("Über uns.".encode("utf-16"))
-    (tmp_path / "sub" / "a.md").write_text("# T\ntext", encoding="utf-8-sig")
-    (tmp_path / "sub" / "rows.jsonl").write_text(
-        '{"_id": "7", "title": "T", "text": "x"}\n\n{"text": "y"}\n{"text": " "}'
-    )
-    (tmp_path / ".git" / "c.txt").write_text("hidden")
-    (tmp_path / ".d.txt").write_text("hidden")
-    (tmp_path / "e.pdf").write_text("no text format")
-    (tmp_path / "bad.txt").write_bytes(b"caf\xe9")
-    (tmp_path / "empty.md").write_text("# Only a title\n")
-    with caplog.at_level(logging.WARNING):
-        documents = read_documents(tmp_path)
-    assert [document.id for document in documents] == [
-        "b.txt",
-        "sub/a.md",
-        "sub/rows.jsonl:7",
-        "sub/rows.jsonl:3",
-    ]
-    assert documents[0].sections[0].text == "Über uns."
-    assert documents[1].title == "T"
-    assert "1 files are not UTF-8 text and were left out; save them as UTF-8: bad.txt" in caplog.text
-    assert "2 documents hold no text and were left out: empty.md, sub/rows.jsonl:4" in caplog.text
-
-
-def test_a_body_that_begins_with_its_title_as_a_sentence_loses_it(tmp_path):
-    rows = [
-        {
-            "_id": "1",
-            "title": "the flow past a Sphere .",
-            "text": "The flow past  a sphere . a method is given .",
-        },
-        {
-            "_id": "2",
-            "title": "the flow past a sphere .",
-            "text": "the flow past a sphere fixed in a stream .",
-        },
-        {"_id": "3", "title": "only this", "text": "Only this."},
-    ]
-    (tmp_path / "corpus.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    texts = [document.sections[0].text for document in read_documents(tmp_path / "corpus.jsonl")]
-    assert texts == ["a method is given .", "the flow past a sphere fixed in a stream .", "Only this."]
-
-
-@pytest.mark.parametrize(
-    ("line", "complaint"),
-    [
-        ("{broken", r"corpus\.jsonl, line 2: "),
-        ('{"_id": "2", "title": "t"}', r"corpus\.jsonl, line 2: field 'text' must be a text, not NoneType"),
-        ('{"_id": "2", "text": "x", "title": 3}', r"line 2: field 'title' must be a text, not int"),
-        ('{"_id": "1", "text": "x"}', "two documents have the id '1'"),
-    ],
-)
-def test_a_broken_document_line_is_named(tmp_path, line, complaint):
-    (tmp_path / "corpus.jsonl").write_text(f'{{"_id": "1", "text": "fine"}}\n{line}\n')
-    with pytest.raises(ValueError, match=complaint):
-        prepare(tmp_path, arguments())
 
 
 # ---- splitting
@@ -455,6 +319,24 @@ def test_one_document_cannot_be_both_trained_on_and_held_out():
     assert two.evaluation.queries
 
 
+def test_an_evaluation_without_a_single_query_says_what_to_do():
+    """Titles stand in the second passage of their documents, and there are no sentences."""
+    documents = [
+        Document(name, f"Gizmo of {name}", (Section((), f"{f'{name} ' * 80} Gizmo of {name} in all"),))
+        for name in ("first", "second", "third")
+    ]
+    with pytest.raises(
+        ValueError, match=r"nothing can be asked about the 1 held-out documents .* --held-out"
+    ):
+        prepare_documents(documents, arguments(max_tokens=60))
+
+
+def test_an_id_that_is_not_unicode_is_refused_by_name():
+    for make in (lambda: Document("a\ud800", "", ()), lambda: Judged({"d": "x"}, {"a\ud800": "y"}, {}, {})):
+        with pytest.raises(ValueError, match=r"the id 'a\\ud800' holds a lone surrogate"):
+            make()
+
+
 # ---- labels
 
 
@@ -552,8 +434,43 @@ def test_a_corpus_without_train_judgements_is_documents_alone(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("start", "first"),
+    [
+        ("query-id\tcorpus-id\tscore\n", ""),
+        ("\ufeffquery-id\tcorpus-id\tscore\r\n", ""),
+        ("qid\tdocid\trel\n", ""),
+        ("", "query-id-0"),
+        ("\ufeff", "query-id-0"),
+    ],
+)
+def test_only_a_line_without_a_grade_is_the_header_of_judgements(tmp_path, start, first):
+    folder = tmp_path / "set"
+    (folder / "qrels").mkdir(parents=True)
+    names = [first or "q0", "q1"]
+    write_pairs(folder / "corpus.jsonl", [{"_id": "d", "text": "A text."}])
+    write_pairs(folder / "queries.jsonl", [{"_id": name, "text": f"about {name}"} for name in names])
+    judgements = "".join(f"{name}\td\t1\n" for name in names)
+    (folder / "qrels" / "train.tsv").write_text(start + judgements, encoding="utf-8")
+    assert read_judged(folder).train == {name: {"d": 1} for name in names}
+
+
+def test_queries_that_equal_all_their_documents_are_no_rows_and_the_error_says_so(tmp_path):
+    folder = write_beir(tmp_path / "set", dev=False)
+    texts = [{"_id": f"q{i}", "text": f"Title {i}\nText of scientific paper {i}."} for i in range(12)]
+    write_pairs(folder / "queries.jsonl", texts)
+    (folder / "qrels" / "train.tsv").write_text("".join(f"q{i}\td{i}\t1\n" for i in range(10)))
+    with pytest.raises(ValueError, match=r"9 training queries has the very text .* --no-labels"):
+        prepare(folder, arguments())
+
+
+@pytest.mark.parametrize(
     ("file", "line", "complaint"),
     [
+        (
+            "qrels/train.tsv",
+            "caf\udce9\td1\t1\n",
+            r"train\.tsv, line 125: broken UTF-8; save the file as UTF-8",
+        ),
         ("qrels/train.tsv", "q1\td1\n", r"train\.tsv, line 125: expected query-id, corpus-id"),
         ("qrels/train.tsv", "nobody\td1\t1\n", r"line 125: query 'nobody' is not in queries\.jsonl"),
         (
@@ -566,7 +483,7 @@ def test_a_corpus_without_train_judgements_is_documents_alone(tmp_path):
 )
 def test_a_broken_judged_corpus_is_named_by_file_and_line(tmp_path, file, line, complaint):
     folder = write_beir(tmp_path / "set", dev=False)
-    with (folder / file).open("a") as out:
+    with (folder / file).open("a", encoding="utf-8", errors="surrogateescape") as out:
         out.write(line)
     with pytest.raises(ValueError, match=complaint):
         prepare(folder, arguments())

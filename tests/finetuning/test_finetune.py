@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,49 +12,16 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from typer import Typer
-from typer.testing import CliRunner
 
 from autoregembed_rag import AutoRegEncoder, FrozenDecoder
-from autoregembed_rag.cli_finetune import finetune as command
 from autoregembed_rag.finetuning import run as module
-from autoregembed_rag.finetuning.documents import Document, Section, read_documents
-from autoregembed_rag.finetuning.evaluation import Scores, compare
+from autoregembed_rag.finetuning.documents import Document, Section
 from autoregembed_rag.finetuning.judged import Judged
-from autoregembed_rag.finetuning.planning import Plan, Speed, StagePlan, plan_stage, plan_stages, share_out
+from autoregembed_rag.finetuning.reading import read_documents
 from autoregembed_rag.finetuning.report import FinetuneReport
 from autoregembed_rag.finetuning.run import FinetuneArguments, finetune
 from autoregembed_rag.training.arguments import AlignmentArguments, CompressionArguments, ContrastArguments
 from autoregembed_rag.training.trainer import StageTrainer
-
-THINGS = [
-    "fox",
-    "dog",
-    "river",
-    "bank",
-    "lemon",
-    "pepper",
-    "vector",
-    "reader",
-    "passage",
-    "model",
-    "answer",
-    "jump",
-]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """Twelve Markdown files whose titles share words with their texts."""
-    folder = tmp_path_factory.mktemp("notes")
-    for i, thing in enumerate(THINGS):
-        near = THINGS[(i + 1) % len(THINGS)]
-        (folder / f"{thing}.md").write_text(
-            f"# All about every {thing}\n\nNobody has yet seen a {thing} like this one here. "
-            f"Sometimes people find a {thing} that is near the {near}.\n",
-            encoding="utf-8",
-        )
-    return folder
 
 
 def arguments(**changes) -> FinetuneArguments:
@@ -146,6 +114,41 @@ def test_loss_curves_are_a_picture_and_tensorboard_events(finished):
         assert any((output / "runs" / stage).rglob("events.out.tfevents.*"))
 
 
+@pytest.mark.parametrize("change", ["replaced", "cut short", "deleted"])
+def test_a_finished_run_whose_weights_are_others_by_now_is_no_result(
+    finished, folder, tiny_checkpoint, tmp_path, change
+):
+    output, _, _ = finished
+    shutil.copytree(output, tmp_path / "out")
+    weights = tmp_path / "out" / "model.safetensors"
+    if change == "replaced":
+        shutil.copy(tiny_checkpoint / "model.safetensors", weights)
+    elif change == "cut short":
+        weights.write_bytes(weights.read_bytes()[:1000])
+    else:
+        weights.unlink()
+    with pytest.raises(ValueError, match=r"weights in .*out are not those that .*report\.json is about"):
+        run(folder, tmp_path / "out", tiny_checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "complaint"),
+    [
+        ("plan.json", '{"tasks": []}', "it has no 'run'"),
+        ("plan.json", '{"run": {}, "plan": {"kind": "documents"}}', "stages"),
+        ("plan.json", "{", "Expecting"),
+        ("report.json", "{}", "it has no 'weights'"),
+        ("report.json", '{"weights": "", "before": 1, "after": 2, "comparison": {}}', "missing"),
+    ],
+)
+def test_a_strange_record_is_named(finished, folder, tiny_checkpoint, tmp_path, file, content, complaint):
+    shutil.copytree(finished[0], tmp_path / "out")
+    (tmp_path / "out" / file).write_text(content)
+    message = rf"{file} is no record of a fine-tuning run \(.*{complaint}.*\): give another output folder"
+    with pytest.raises(ValueError, match=message):
+        run(folder, tmp_path / "out", tiny_checkpoint)
+
+
 def test_the_report_is_kept_and_a_finished_run_returns_it(finished, folder, tiny_checkpoint, monkeypatch):
     output, report, _ = finished
     monkeypatch.setattr(StageTrainer, "train", lambda *_, **__: pytest.fail("trained again"))
@@ -174,9 +177,16 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(
     kept = tmp_path / "out" / "before.json"
     scores = dict.fromkeys(json.loads(kept.read_text()), 0.25)
     kept.write_text(json.dumps(scores))
-    steps = []
+    (tmp_path / "out" / ".saving-killed").mkdir()
+    steps, said = [], []
     monkeypatch.setattr(StageTrainer, "training_step", lambda s, *a, **k: steps.append(1) or step(s, *a, **k))
-    resumed = run(folder, tmp_path / "out", tiny_checkpoint)
+    resumed = finetune(
+        folder, tmp_path / "out", tiny_checkpoint, arguments(), device="cpu", announce=said.append
+    )
+    done = {"compression": 0, "contrast": 2}[stage]
+    assert said[0] == f"going on with the run that {tmp_path / 'out'} holds: {done} of 3 stages are done"
+    assert "estimated time:" in said[1]
+    assert not list((tmp_path / "out").glob(".saving*"))
     assert len(steps) == {"compression": 5, "contrast": 1}[stage], "what was done is not done again"
     assert resumed.before.per_query == scores, "measured once for all calls"
     assert resumed.after == report.after
@@ -190,17 +200,45 @@ def test_a_run_of_other_settings_or_a_strangers_folder_is_refused(
     output, _, _ = finished
     with pytest.raises(ValueError, match=r"other data or settings.*held_out 0.3 -> 0.4"):
         run(folder, output, tiny_checkpoint, held_out=0.4)
-    with pytest.raises(ValueError, match=r"other data or settings.*contrast"):
+    with pytest.raises(ValueError, match=r"other data or settings \(contrast left out\)"):
         run(folder, output, tiny_checkpoint, contrast=None)
-    (tmp_path / "broken").mkdir()
-    (tmp_path / "broken" / "plan.json").write_text("{")
-    with pytest.raises(ValueError, match=r"plan\.json is no record"):
-        run(folder, tmp_path / "broken", tiny_checkpoint)
+    rate = replace(arguments().contrast, learning_rate=1e-5)
+    with pytest.raises(ValueError, match=r"settings \(contrast: learning_rate 0.0002 -> 1e-05\)"):
+        run(folder, output, tiny_checkpoint, contrast=rate)
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(ValueError, match="not empty"):
         run(folder, tmp_path, tiny_checkpoint)
     with pytest.raises(ValueError, match="is a file"):
         run(folder, tmp_path / "thesis.txt", tiny_checkpoint)
+
+
+@pytest.mark.parametrize(
+    "change", [lambda s: {"a": 1}, lambda s: dict.fromkeys(s, 7), lambda s: dict.fromkeys(s)]
+)
+def test_scores_of_other_queries_are_refused_before_anything_is_trained(
+    finished, folder, tiny_checkpoint, tmp_path, monkeypatch, change
+):
+    monkeypatch.setattr(StageTrainer, "train", lambda *_, **__: pytest.fail("trained"))
+    shutil.copytree(finished[0], tmp_path / "out")
+    (tmp_path / "out" / "report.json").unlink()
+    before = tmp_path / "out" / "before.json"
+    before.write_text(json.dumps(change(json.loads(before.read_text()))))
+    with pytest.raises(ValueError, match=r"before\.json is no record of a fine-tuning run"):
+        run(folder, tmp_path / "out", tiny_checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("source", "error", "complaint"),
+    [
+        ("none", FileNotFoundError, "none does not exist"),
+        ([{"text": "x"}], TypeError, r"document 1 is a dict: make a Document of it, .*plain_document"),
+        (3, TypeError, "a path, a list of documents or a Judged is needed, not int"),
+    ],
+)
+def test_a_source_that_is_none_leaves_no_folder(tiny_checkpoint, tmp_path, source, error, complaint):
+    with pytest.raises(error, match=complaint):
+        run(source, tmp_path / "out", tiny_checkpoint)
+    assert not (tmp_path / "out").exists()
 
 
 def test_two_runs_do_not_write_into_one_folder(folder, tiny_checkpoint, tmp_path):
@@ -245,10 +283,11 @@ def test_the_result_lies_between_the_weights_before_training_and_the_trained_one
     torch.testing.assert_close(weights["default"][table], before + default * moved, rtol=0, atol=1e-7)
 
 
-def test_training_on_a_judged_corpus_in_memory(tiny_checkpoint, tmp_path):
-    corpus = {thing: f"Here is a {thing} near the river bank, as one would hope." for thing in THINGS}
-    queries = {thing: f"Where can one find the {thing}?" for thing in THINGS}
-    judged = Judged(corpus, queries, {thing: {thing: 1} for thing in THINGS}, {})
+def test_training_on_a_judged_corpus_in_memory(folder, tiny_checkpoint, tmp_path):
+    things = sorted(file.stem for file in folder.iterdir())
+    corpus = {thing: f"Here is a {thing} near the river bank, as one would hope." for thing in things}
+    queries = {thing: f"Where can one find the {thing}?" for thing in things}
+    judged = Judged(corpus, queries, {thing: {thing: 1} for thing in things}, {})
     report = run(judged, tmp_path / "out", tiny_checkpoint, compression=None, alignment=None)
     assert report.plan.kind == "beir"
     assert report.comparison.queries == 4
@@ -263,125 +302,10 @@ def test_documents_without_queries_are_refused(tiny_checkpoint, tmp_path):
         run(tmp_path / "in", tmp_path / "out", tiny_checkpoint)
 
 
-def scores(values: list[float]) -> Scores:
-    return Scores({str(i): value for i, value in enumerate(values)})
-
-
-def report_of(before: list[float], after: list[float]) -> FinetuneReport:
-    first, second = scores(before), scores(after)
-    return FinetuneReport(first, second, compare(first, second), Plan("documents", {}, (), 1.0), {}, 1.0)
-
-
-def test_only_a_better_model_is_called_better():
-    low, high = [0.2] * 20, [0.8] * 20
-    assert (report_of(low, high).verdict, report_of(low, high).better) == ("better", True)
-    assert (report_of(high, low).verdict, report_of(high, low).better) == ("worse", False)
-    even = report_of([0.2, 0.8] * 10, [0.8, 0.2] * 10)
-    assert (even.verdict, even.better) == ("no difference that can be told", False)
-    assert "to be preferred" not in str(report_of(low, high))
-    assert all("to be preferred" in str(report) for report in (report_of(high, low), even))
-
-
-@pytest.fixture(scope="module")
-def app() -> Typer:
-    app = Typer()
-    app.command()(command)
-    return app
-
-
-def test_the_command_reports_a_broken_model_as_not_better(app, folder, tiny_checkpoint, tmp_path):
-    options = [
-        str(folder),
-        "--output",
-        str(tmp_path / "out"),
-        "--model",
-        str(tiny_checkpoint),
-        "--device",
-        "cpu",
-    ]
-    options += ["--stages", "contrast", "--rate-factor", "3000", "--held-out", "0.5"]
-    result = CliRunner().invoke(app, options)
-    assert result.exit_code == 3, result.output
-    assert result.output.index("estimated time:") < result.output.index("nDCG@10 before:")
-    assert "verdict: better" not in result.output
-    assert "to be preferred" in result.output
-    assert (tmp_path / "out" / "model.safetensors").exists(), "kept for inspection"
-
-
-@pytest.mark.parametrize(("better", "code"), [(True, 0), (False, 3)])
-def test_the_exit_code_says_whether_the_model_is_better(app, better, code, monkeypatch, tmp_path):
-    low, high = [0.2] * 20, [0.8] * 20
-    report = report_of(low, high) if better else report_of(high, low)
-    monkeypatch.setattr("autoregembed_rag.finetuning.finetune", lambda *_, **__: report)
-    result = CliRunner().invoke(app, [str(tmp_path), "--output", str(tmp_path / "out")])
-    assert result.exit_code == code
-    assert f"verdict: {'better' if better else 'worse'}" in result.output
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--stages", "contrast,warmup"], "no stage 'warmup'"),
-        (["--minutes", "0"], "minutes must be above 0"),
-        (["--held-out", "1"], "held_out must be between 0 and 1"),
-        (["--rate-factor", "0"], "must be above 0"),
-        (["--blend", "0"], "blend must be above 0"),
-    ],
-)
-def test_the_command_refuses_what_makes_no_sense(app, options, message, folder, tiny_checkpoint, tmp_path):
-    common = [str(folder), "--output", str(tmp_path / "out"), "--model", str(tiny_checkpoint)]
-    result = CliRunner().invoke(app, [*common, *options])
-    assert result.exit_code == 2
-    assert message in result.output
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_stage_takes_all_epochs_or_what_its_time_allows():
-    settings = CompressionArguments(batch_size=10, epochs=2)
-    speed = Speed(step=2.0)
-    assert plan_stage("c", 95, settings, speed) == StagePlan("c", 95, 20, 40.0)
-    assert plan_stage("c", 95, settings, speed, budget=30) == StagePlan("c", 95, 15, 30.0)
-    assert plan_stage("c", 95, settings, speed, budget=9) == StagePlan("c", 40, 4, 8.0)
-    assert plan_stage("c", 95, settings, speed, budget=0).steps == 1
-    assert plan_stage("c", 95, replace(settings, max_steps=7), speed, budget=30).steps == 7
-    # What is done for every row before counts too, for no more rows than are read.
-    assert plan_stage("c", 100, settings, Speed(2.0, 0.1), budget=12) == StagePlan("c", 40, 4, 12.0)
-    assert plan_stage("c", 100, settings, Speed(2.0, 0.1), budget=36) == StagePlan("c", 100, 13, 36.0)
-
-
-def test_a_checkpoint_is_written_every_few_minutes_or_more_often_if_asked():
-    settings = CompressionArguments(save_steps=100)
-    assert StagePlan("c", 10, 1000, 10_000.0).apply(settings).save_steps == 30
-    assert StagePlan("c", 10, 1000, 1000.0).apply(settings).save_steps == 100
-    assert StagePlan("c", 10, 2, 10_000.0).apply(settings).save_steps == 1
-    assert StagePlan("c", 10, 2, 10.0).apply(replace(settings, save_steps=None)).save_steps is None
-
-
 def test_one_of_several_processes_is_sent_elsewhere(folder, tiny_checkpoint, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="one process"):
         run(folder, tmp_path / "out", tiny_checkpoint)
-
-
-def test_time_is_shared_so_that_the_modest_get_all_they_want():
-    assert share_out({"a": 10, "b": 100, "c": 100}, 70) == {"a": 10, "b": 30, "c": 30}
-    assert share_out({"a": 10}, 70) == {"a": 10}
-
-
-def test_a_short_time_goes_to_the_stage_that_trains_what_is_searched_by():
-    stages = arguments().stages
-    longer = {name: replace(settings, max_steps=1000, epochs=1000) for name, settings in stages.items()}
-    speeds = {name: Speed(1.0) for name in longer}
-    rows = dict.fromkeys(longer, 4000)
-    plan = plan_stages(rows, longer, speeds, budget=80)
-    assert [(stage.name, stage.steps) for stage in plan] == [
-        ("compression", 10),
-        ("alignment", 10),
-        ("contrast", 60),
-    ]
-    alone = plan_stages({"contrast": 4000}, {"contrast": longer["contrast"]}, speeds, budget=80)
-    assert alone[0].steps == 80
-    assert [stage.steps for stage in plan_stages(rows, longer, speeds, budget=None)] == [1000] * 3
 
 
 def test_a_short_time_makes_short_stages_of_fewer_rows(folder, tiny_checkpoint, tmp_path):

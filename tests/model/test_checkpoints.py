@@ -123,6 +123,31 @@ def test_missing_weights_are_not_drawn_at_random(checkpoint: Path):
         load(checkpoint)
 
 
+@pytest.mark.parametrize("kind", ["encoder", "decoder", "base"])
+def test_weights_that_are_cut_short_are_named(kind, checkpoint: Path):
+    folder = checkpoint if kind == "encoder" else checkpoint / "decoder"
+    use = {"encoder": AutoRegEncoder.from_pretrained, "decoder": FrozenDecoder.from_pretrained}
+    weights = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    with pytest.raises(ValueError, match=f"the weights in {folder} are damaged or cut short"):
+        use.get(kind, AutoRegEncoder.from_base)(checkpoint if kind != "base" else folder, device="cpu")
+
+
+def test_a_tokenizer_that_is_cut_short_is_named(checkpoint: Path):
+    file = checkpoint / "decoder" / "tokenizer.json"
+    file.write_text(file.read_text()[:500])
+    with pytest.raises(ValueError, match=r"tokenizer\.json or .* in .*decoder is damaged or cut short"):
+        FrozenDecoder.from_pretrained(checkpoint, device="cpu")
+
+
+def test_a_decoder_that_has_moved_away_says_where_to_write_its_place(checkpoint: Path):
+    (checkpoint / "decoder").rename(checkpoint.with_name("elsewhere"))
+    with pytest.raises(
+        FileNotFoundError, match=r'names the decoder .*under "decoder" in .*autoregembed\.json'
+    ):
+        FrozenDecoder.from_pretrained(checkpoint)
+
+
 def test_a_body_without_head_is_no_decoder(kin, tmp_path: Path):
     kin.encoder.save_pretrained(tmp_path)
     (tmp_path / "autoregembed.json").unlink()

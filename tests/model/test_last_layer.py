@@ -12,6 +12,7 @@ from autoregembed_rag import AutoRegEncoder
 from autoregembed_rag.encoder import compressed_states
 from autoregembed_rag.last_layer import last_layer_at
 from autoregembed_rag.prompt import pad_right
+from autoregembed_rag.training.stage import recompute_activations
 
 K = 5
 TEXTS = [
@@ -42,7 +43,7 @@ def test_states_and_gradients_are_those_of_a_whole_last_layer(encoder, untouched
     ids, lengths = padded(encoder)
     body = encoder.trainable()
     if checkpointing:
-        body.gradient_checkpointing_enable({"use_reentrant": False})
+        recompute_activations(body)
         body.train()
     found = compressed_states(body, ids, lengths, K)
     columns = lengths[:, None] - K + torch.arange(K)

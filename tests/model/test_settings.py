@@ -116,6 +116,29 @@ def test_attention_is_sdpa_where_flash_attention_cannot_run(monkeypatch):
     assert loading.resolve_attention("auto", cuda, torch.bfloat16) == "sdpa"
 
 
+@pytest.mark.parametrize(
+    ("device", "count", "message"),
+    [
+        ("foo", 0, "there is no device 'foo': give auto, cpu, cuda, cuda:1 or mps"),
+        ("cuda", 0, "'cuda' cannot be used here, where PyTorch .* finds no GPU"),
+        ("cuda:7", 2, "'cuda:7' cannot be used here: there are 2 GPUs, from cuda:0 to cuda:1"),
+        ("mps", 0, "'mps' cannot be used here, where PyTorch finds no Apple GPU"),
+    ],
+)
+def test_a_device_that_is_not_there_is_named(device, count, message, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    for given in (device, torch.device(device)) if device != "foo" else (device,):
+        with pytest.raises(ValueError, match=message):
+            loading.resolve_device(given)
+
+
+@pytest.mark.parametrize("k", [0, -2])
+def test_an_encoder_has_a_compressed_token_at_least(k, tiny_base: Path):
+    with pytest.raises(ValueError, match=f"num_compressed_tokens must be at least 1, not {k}"):
+        AutoRegEncoder.from_base(tiny_base, k, device="cpu")
+
+
 def test_a_dtype_reaches_the_model(tiny_checkpoint: Path, tiny_base: Path):
     half = AutoRegEncoder.from_pretrained(tiny_checkpoint, device="cpu", dtype="bfloat16")
     assert half.model.dtype == torch.bfloat16

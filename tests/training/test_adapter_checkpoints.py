@@ -257,6 +257,32 @@ def test_whole_and_adapter_replace_one_another_in_a_folder(trained, tmp_path: Pa
     assert not (folder / "model.safetensors").exists()
 
 
+def test_a_kill_among_an_adapters_stale_files_leaves_a_whole_model(trained, monkeypatch):
+    """What the whole model replaces is removed one by one, and whoever reads in between finds the model."""
+    _, folder = trained
+    whole = AutoRegEncoder.from_base(folder / "decoder", 2, device="cpu", dtype="float32")
+    unlink = Path.unlink
+
+    def unlink_and_die(file: Path, **keywords: bool) -> None:
+        unlink(file, **keywords)
+        if file.parent == folder:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "unlink", unlink_and_die)
+        whole.save_pretrained(folder)
+    np.testing.assert_array_equal(load(folder).encode(TEXTS), whole.encode(TEXTS))
+
+
+def test_a_damaged_adapter_is_named(trained, tiny_base: Path):
+    encoder, folder = trained
+    file = folder / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    for use in (load, encoder.load_weights):
+        with pytest.raises(ValueError, match=r"the weights in .*adapter are damaged or cut short"):
+            use(folder)
+
+
 def test_the_base_is_never_saved_over(trained, tiny_base: Path):
     encoder, folder = trained
     before = weights_digest(folder / "decoder")

@@ -8,10 +8,13 @@ from dataclasses import FrozenInstanceError, fields, replace
 from typing import Any
 
 import pytest
+import torch
+from transformers import get_scheduler
 
 from autoregembed_rag.config import AutoRegConfig
 from autoregembed_rag.training.arguments import (
     NEUTRAL,
+    SCHEDULERS,
     AlignmentArguments,
     CompressionArguments,
     ContrastArguments,
@@ -51,6 +54,7 @@ ALL = [
     ("warmup_ratio", (-0.1, 1.0, NAN)),
     ("weight_decay", (-0.1, NAN, INFINITE)),
     ("max_grad_norm", (-1.0, NAN)),
+    ("lr_scheduler", ("warmup_stable_decay", "reduce_lr_on_plateau", "COSINE", "")),
     ("seed", (-1, 0.5)),
     ("save_steps", (0, 0.1)),
     ("logging_steps", (0, 1.5)),
@@ -106,6 +110,12 @@ def test_identity_is_all_but_what_leaves_the_weights_alone():
     )
     assert replace(found, seed=1).identity() != found.identity()
     assert set(NEUTRAL) < {field.name for field in fields(StageArguments)}
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_every_schedule_needs_nothing_else(name):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0)
+    get_scheduler(name, optimizer, num_warmup_steps=2, num_training_steps=10)
 
 
 def test_the_command_line_may_read_them_without_loading_pytorch():

@@ -126,6 +126,20 @@ def test_a_batch_without_anything_to_tell_apart_has_no_loss():
     assert loss.item() == pytest.approx(0, abs=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("rows", "same"),
+    [
+        ([("a", "b")], "query"),
+        ([("a", "b"), ("a", "c")], "query"),
+        ([("a", "b"), ("c", "b")], "positive"),
+    ],
+)
+def test_rows_with_nothing_to_tell_apart_are_refused(rows, same, encoder, tmp_path):
+    with pytest.raises(ValueError, match=f"all rows have the same {same} and none a negative"):
+        train_contrast(encoder, [AlignmentRow(*row) for row in rows], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_same_passage_but_for_a_sentence_is_no_negative_unless_the_row_says_so(
     tiny_checkpoint: Path, tmp_path, monkeypatch
 ):

@@ -1,4 +1,3 @@
-import csv
 import gc
 import gzip
 import json
@@ -16,82 +15,23 @@ import pytest
 import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from row_files import (
+    EXPECTED,
+    RECORDS,
+    as_arrow,
+    as_arrow_table,
+    as_csv_gz,
+    as_dataset,
+    as_file,
+    as_frame,
+    as_list_of_files,
+    as_parquet,
+    jsonl,
+    write_table,
+)
 
 from autoregembed_rag.training.data import AlignmentRow, CompressionRow, alignment_rows, compression_rows
 from autoregembed_rag.training.sources import numbered_rows
-
-RECORDS = [
-    {"query": "Wo ist\nder Fuchs?", "pos": 'The "fox", there.', "neg": "No fox."},
-    {"query": "über Tag", "pos": "by day", "neg": "by night"},
-    {"query": "q", "pos": "p", "neg": "n"},
-]
-EXPECTED = [AlignmentRow(r["query"], r["pos"], (r["neg"],)) for r in RECORDS]
-
-
-def jsonl(records) -> bytes:
-    return "\n".join(json.dumps(record, ensure_ascii=False) for record in records).encode()
-
-
-def write_table(path: Path, records, delimiter: str) -> Path:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(records[0]), delimiter=delimiter)
-        writer.writeheader()
-        writer.writerows(records)
-    return path
-
-
-def as_file(suffix: str, data):
-    def write(folder):
-        (folder / f"rows{suffix}").write_bytes(data(jsonl(RECORDS)))
-        return folder / f"rows{suffix}"
-
-    return write
-
-
-def as_list_of_files(folder):
-    (folder / "a.jsonl").write_bytes(jsonl(RECORDS[:1]))
-    (folder / "b.jsonl.gz").write_bytes(gzip.compress(jsonl(RECORDS[1:])))
-    return [folder / "a.jsonl", str(folder / "b.jsonl.gz")]
-
-
-def as_csv_gz(folder):
-    plain = write_table(folder / "rows.csv", RECORDS, ",").read_bytes()
-    (folder / "rows.csv.gz").write_bytes(gzip.compress(plain))
-    return folder / "rows.csv.gz"
-
-
-def as_parquet(folder):
-    import pyarrow as pa
-    import pyarrow.parquet
-
-    pa.parquet.write_table(pa.Table.from_pylist(RECORDS), folder / "rows.parquet", row_group_size=2)
-    return folder / "rows.parquet"
-
-
-def as_arrow(stream: bool):
-    def write(folder):
-        import pyarrow as pa
-
-        table = pa.Table.from_pylist(RECORDS)
-        new = pa.ipc.new_stream if stream else pa.ipc.new_file
-        with new(folder / "rows.arrow", table.schema) as writer:
-            writer.write_table(table, max_chunksize=2)
-        return folder / "rows.arrow"
-
-    return write
-
-
-def as_dataset(folder):
-    return pytest.importorskip("datasets").Dataset.from_list(RECORDS)
-
-
-def as_frame(folder):
-    return pytest.importorskip("pandas").DataFrame(RECORDS)
-
-
-def as_arrow_table(folder):
-    return pytest.importorskip("pyarrow").Table.from_pylist(RECORDS)
-
 
 SOURCES = {
     "jsonl": as_file(".jsonl", bytes),
@@ -107,6 +47,11 @@ SOURCES = {
     "csv": lambda folder: write_table(folder / "rows.csv", RECORDS, ","),
     "tsv": lambda folder: write_table(folder / "rows.tsv", RECORDS, "\t"),
     "csv.gz": as_csv_gz,
+    "endings in capitals": lambda folder: as_csv_gz(folder).rename(folder / "ROWS.CSV.GZ"),
+    "other endings in capitals": lambda folder: [
+        as_file(".JSONL.ZST", zstandard.ZstdCompressor().compress)(folder)
+    ],
+    "parquet in capitals": lambda folder: as_parquet(folder).rename(folder / "ROWS.PARQUET"),
     "parquet": as_parquet,
     "arrow file": as_arrow(stream=False),
     "arrow stream": as_arrow(stream=True),
@@ -205,45 +150,6 @@ def test_a_bad_line_is_named_by_file_line_and_field(tmp_path, line, complaint, s
         alignment_rows(file, skip_invalid=True)
 
 
-@pytest.mark.parametrize(
-    ("text", "complaint"),
-    [
-        (b'query,pos\nq,p\n"two\nlines",\n', "line 3: field 'pos' is empty"),
-        (b'query,pos\n"two\nlines",p\nq\n', "line 4: 1 cells, but the header has 2"),
-        (b"query,pos\nq,p\xff\n", "line 2: broken UTF-8"),
-        (b'query,pos\nq,"p\n', "line 2: not CSV .*quote left open"),
-        (b"Where is it?,There.\nq,p\n", "line 2: the fields There., Where is it. are no known schema"),
-        (b"query,pos\n", "has no rows"),
-    ],
-)
-def test_a_bad_csv_line_is_named_by_the_line_it_begins_on(tmp_path, text, complaint):
-    (tmp_path / "pairs.csv").write_bytes(text)
-    with pytest.raises(ValueError, match=rf"pairs\.csv,? {complaint}"):
-        alignment_rows(tmp_path / "pairs.csv")
-    assert csv.field_size_limit() == 131072
-
-
-def test_a_csv_cell_may_be_longer_than_the_csv_module_allows_by_default(tmp_path):
-    (tmp_path / "pairs.csv").write_text("query,pos\nq," + "long " * 40_000)
-    assert alignment_rows(tmp_path / "pairs.csv").lengths.tolist() == [200_001]
-
-
-@pytest.mark.parametrize(
-    "make", [as_dataset, as_frame, as_arrow_table, lambda folder: iter(RECORDS), as_parquet]
-)
-def test_a_bad_row_outside_a_text_file_is_named_by_row_number(tmp_path, monkeypatch, make):
-    monkeypatch.setitem(RECORDS[1], "pos", "  ")
-    with pytest.raises(ValueError, match="row 2: field 'pos' is empty"):
-        alignment_rows(make(tmp_path))
-
-
-def test_a_bad_text_in_an_arrow_table_is_named_by_row():
-    pa = pytest.importorskip("pyarrow")
-    texts = pa.array([b"fine", b"bad\xff"]).view(pa.string())
-    with pytest.raises(ValueError, match="row 2: broken UTF-8"):
-        alignment_rows(pa.table({"query": texts, "pos": ["a", "b"]}))
-
-
 def test_unknown_fields_are_named_with_the_known_ones():
     with pytest.raises(
         ValueError, match=r"row 1: the fields question, text are no .*query, pos, neg; anchor, positive"
@@ -256,7 +162,7 @@ def test_unknown_fields_are_named_with_the_known_ones():
 def test_one_error_names_the_first_five_bad_rows_of_all_files_and_counts_the_rest(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(jsonl([RECORDS[0], {"query": "q"}, {"query": "q", "pos": ""}]))
     (tmp_path / "b.jsonl").write_bytes(jsonl([RECORDS[0]]) + b"\nx" * 5)
-    with pytest.raises(ValueError, match=r"^7 of 9 rows are invalid; mend or remove them") as error:
+    with pytest.raises(ValueError, match=r"^7 of 9 rows are invalid; mend or .*--skip-invalid\):") as error:
         alignment_rows([tmp_path / "a.jsonl", tmp_path / "b.jsonl"])
     places = re.findall(r"(\w)\.jsonl, line (\d)", str(error.value))
     assert places == [("a", "2"), ("a", "3"), ("b", "2"), ("b", "3"), ("b", "4")]
@@ -406,21 +312,6 @@ def test_many_threads_read_the_right_rows(tmp_path, stream):
         assert [row.query for row in pool.map(rows.__getitem__, order)] == [f"q{i}" for i in order]
 
 
-@pytest.mark.parametrize("suffix", [".gz", ".zst"])
-def test_a_compressed_file_that_is_cut_off_is_an_error_and_not_fewer_rows(tmp_path, suffix):
-    lines = "".join(json.dumps({"query": f"q{i}", "pos": os.urandom(200).hex()}) + "\n" for i in range(2000))
-    pack = gzip.compress if suffix == ".gz" else zstandard.ZstdCompressor().compress
-    file = tmp_path / f"pairs.jsonl{suffix}"
-    file.write_bytes(pack(lines.encode())[:-100])
-    with pytest.raises(ValueError, match=r"pairs\.jsonl\.\w+ is damaged or cut off .*; fetch it again"):
-        alignment_rows(file)
-    with pytest.raises(ValueError, match="damaged or cut off"):
-        list(numbered_rows(file))
-    file.write_bytes(b"not compressed at all")
-    with pytest.raises(ValueError, match="damaged or cut off"):
-        alignment_rows(file)
-
-
 def test_sources_without_rows_or_of_the_wrong_kind_say_so(tmp_path):
     (tmp_path / "none.jsonl").write_text("\n \n")
     (tmp_path / "some.jsonl").write_bytes(jsonl(RECORDS))
@@ -431,7 +322,7 @@ def test_sources_without_rows_or_of_the_wrong_kind_say_so(tmp_path):
         (iter(()), ValueError, "the source has no rows"),
         (tmp_path / "absent.jsonl", FileNotFoundError, "absent"),
         (tmp_path / "absent.parquet", FileNotFoundError, "absent"),
-        (tmp_path, IsADirectoryError, "pass a list of its files"),
+        (tmp_path, IsADirectoryError, "give a file"),
         (tmp_path / "torn.parquet", ValueError, r"torn\.parquet"),
         ({"train": RECORDS, "test": RECORDS}, TypeError, "a dict with test, train; pass one part of it"),
         (5, TypeError, "not int"),

@@ -17,6 +17,7 @@ from autoregembed_rag.encoder import compressed_states
 from autoregembed_rag.loading import embedding_table
 from autoregembed_rag.prompt import pad_right
 from autoregembed_rag.training.lora import LoraArguments, base_alone
+from autoregembed_rag.training.stage import recompute_activations
 
 pytest.importorskip("peft")
 
@@ -106,7 +107,7 @@ def gradients(encoder: AutoRegEncoder, decoder: FrozenDecoder, *, recompute: boo
     weights = adapter_weights(encoder)
     model = encoder.model.train()
     if recompute:
-        model.gradient_checkpointing_enable()
+        recompute_activations(model)
     torch.manual_seed(0)
     loss = torch.zeros(())
     for texts in (TEXTS[:2], TEXTS[2:]):

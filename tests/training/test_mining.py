@@ -5,20 +5,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import typer
-from typer.testing import CliRunner
 
 pytest.importorskip("faiss")
 
 from autoregembed_indexes import DocumentIndex
-from autoregembed_rag import AutoRegEncoder
-from autoregembed_rag.cli_mine import mine
 from autoregembed_rag.training import mining
 from autoregembed_rag.training.data import AlignmentRow
 from autoregembed_rag.training.mining import MiningArguments, mine_negatives, share_of
-
-app = typer.Typer()
-app.command()(mine)
 
 
 class Given:
@@ -301,12 +294,19 @@ def test_an_index_that_does_not_fit_is_refused_before_there_is_an_output(output)
     assert not output.exists()
 
 
-def test_a_query_equal_to_its_positive_and_other_names_than_jsonl_are_refused(output):
+def test_a_query_equal_to_its_positive_and_an_output_of_another_name_or_over_the_rows_are_refused(output):
     encoder = Given(QUERY, spread([0.9, 0.5]))
     with pytest.raises(ValueError, match="row 2: field 'pos' is the same text as 'query'"):
         run(encoder, [AlignmentRow("q", "doc 0.9"), AlignmentRow("q", "q ")], output)
     with pytest.raises(ValueError, match=r"name the output .*mined\.jsonl"):
         run(encoder, [AlignmentRow("q", "doc 0.9")], output.with_suffix(".csv"))
+    with pytest.raises(ValueError, match=r"name the output .*mined\.jsonl$"):
+        run(encoder, [AlignmentRow("q", "doc 0.9")], output.with_suffix(".jsonl.gz"))
+    output.write_text('{"query": "q", "pos": "doc 0.9"}\n')
+    with pytest.raises(
+        ValueError, match=r"mined\.jsonl would take the place of .*mined\.jsonl, which is read"
+    ):
+        run(encoder, output, output)
 
 
 def test_quantiles_are_those_of_all_scores(output):
@@ -342,87 +342,3 @@ def test_the_report_is_saved_as_json_and_picture(output, tmp_path):
     assert saved["settings"]["max_share"] == 0.95
     assert saved["settings"]["encoder"] == "given"
     assert (tmp_path / "new" / "report" / "histogram.png").read_bytes().startswith(b"\x89PNG")
-
-
-PAIRS = [
-    {"query": "What jumps?", "pos": "A quick fox jumps over a dog."},
-    {"query": "What is found in lemons?", "pos": "Vitamin C is found in lemons."},
-    {"query": "What jumps?", "pos": "A brown dog jumps over the bank."},
-    {"query": "Where is the bank?", "pos": "The bank is near the river."},
-    {"query": "Where is a bank?", "pos": "The bank is  near the river."},
-]
-
-
-@pytest.fixture
-def command(tiny_checkpoint, tmp_path):
-    """Runs `mine` with the tiny checkpoint on PAIRS; gives the result and the rows that were written."""
-    data, output = tmp_path / "pairs.jsonl", tmp_path / "mined.jsonl"
-    data.write_text("\n".join(map(json.dumps, PAIRS)))
-
-    def call(*options):
-        fixed = ["--model", tiny_checkpoint, "--device", "cpu", "--data", data, "--output", output]
-        result = CliRunner().invoke(app, [str(word) for word in (*fixed, *options)])
-        return result, [
-            json.loads(line) for line in output.read_text().splitlines()
-        ] if output.exists() else None
-
-    return call
-
-
-def error_line(result):
-    assert result.exit_code == 2, result.output
-    (line,) = [line for line in result.stderr.splitlines() if line and not line.startswith("Loading weights")]
-    assert line.startswith("error: ")
-    return line
-
-
-def test_the_command_mines_the_positives_themselves(command, tmp_path):
-    pytest.importorskip("matplotlib")
-    result, mined = command("--max-share", "1", "--num-negatives", "2", "--report", tmp_path / "report")
-    assert result.exit_code == 0, result.output
-    assert [{name: row[name] for name in ("query", "pos")} for row in mined] == PAIRS
-    texts = {row["pos"] for row in PAIRS[:4]}
-    assert any(row["neg"] for row in mined)
-    assert all(set(row["neg"]) <= texts - {row["pos"]} for row in mined)
-    assert not {row["pos"] for row in PAIRS[:3:2]} & {*mined[0]["neg"], *mined[2]["neg"]}
-    saved = json.loads((tmp_path / "report" / "report.json").read_text())
-    assert saved["settings"]["documents"] == 4  # one positive is there twice
-    assert f"{saved['negatives']} negatives for 5 rows" in result.stdout
-
-
-def test_the_command_takes_a_corpus_with_titles_or_an_index(command, tmp_path, tiny_checkpoint):
-    encoder = AutoRegEncoder.from_pretrained(tiny_checkpoint, device="cpu")  # in the command's dtype
-    corpus = tmp_path / "corpus.jsonl"
-    corpus.write_text(
-        '{"_id": "1", "title": "Bank", "text": "A river bank."}\n{"text": "Peppers."}\n{"text": " "}\n'
-    )
-    contents = ["Bank\nA river bank.", "Peppers."]
-    result, from_corpus = command("--corpus", corpus, "--max-share", "1")
-    assert result.exit_code == 0, result.output
-    with DocumentIndex.create(tmp_path / "index", encoder=encoder.fingerprint) as index:
-        index.add(encoder.encode_documents(contents), contents)
-    result, from_index = command("--index", tmp_path / "index", "--max-share", "1")
-    assert result.exit_code == 0, result.output
-    assert from_index == from_corpus
-    assert {text for row in from_index for text in row["neg"]} <= set(contents)
-    assert any(row["neg"] for row in from_index)
-
-
-def test_the_command_says_in_one_line_what_is_wrong(command, tmp_path, encoder):
-    with DocumentIndex.create(tmp_path / "other", encoder="another") as index:
-        index.add(np.eye(160)[:2], ["a", "b"])
-    result, written = command("--index", tmp_path / "other")
-    assert "encoder another, but" in error_line(result)
-    assert f"is encoder {encoder.fingerprint}" in error_line(result)
-    assert written is None
-    assert "no index at" in error_line(command("--index", tmp_path / "none")[0])
-    assert "not both" in error_line(command("--index", tmp_path / "other", "--corpus", "x.jsonl")[0])
-    assert "raise top_k" in error_line(command("--num-negatives", "9", "--top-k", "5")[0])
-    (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\n{"title": "no text"}\n')
-    assert "bad.jsonl, line 2" in error_line(command("--corpus", tmp_path / "bad.jsonl")[0])
-
-
-def test_help_shows_an_example():
-    result = CliRunner().invoke(app, ["--help"])
-    assert result.exit_code == 0
-    assert "autoregembed mine --data pairs.jsonl" in result.output

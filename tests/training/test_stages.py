@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import math
 import sys
 from pathlib import Path
@@ -19,6 +18,7 @@ from autoregembed_rag.training.arguments import AlignmentArguments, CompressionA
 from autoregembed_rag.training.compression import train_compression
 from autoregembed_rag.training.data import AlignmentRow, CompressionRow
 from autoregembed_rag.training.reference import Pair, ReferenceStore
+from autoregembed_rag.training.stage import read_record
 from autoregembed_rag.training.trainer import StageTrainer
 
 WORDS = ["fox", "dog", "river", "bank", "text", "vector", "answer", "question", "lemon", "green"]
@@ -255,35 +255,53 @@ def test_what_cannot_be_trained_is_refused_before_training(pair, tmp_path, tiny_
     assert not (tmp_path / "x").exists()
 
 
-def test_the_command_line_trains_both_stages(tiny_base, tmp_path):
-    from typer.testing import CliRunner
+def rates(output: Path) -> list[float]:
+    return [entry["learning_rate"] for entry in read_record(output)["losses"]]
 
-    from autoregembed_rag.cli import app
 
-    pwc, nli = tmp_path / "pwc.jsonl", tmp_path / "nli.jsonl"
-    pwc.write_text("\n".join(json.dumps(vars(row)) for row in COMPRESSION))
-    nli.write_text("\n".join(json.dumps({**vars(row), "neg": list(row.neg)}) for row in ALIGNMENT))
-    common = ["--batch-size", "4", "--max-steps", "2", "--device", "cpu"]
+@pytest.mark.parametrize("name", ["cosine", "linear"])
+def test_every_step_trains_at_a_rate_above_0(name, pair, tmp_path):
+    """Warm-up is a straight line from 0, which is left out, to the peak; then all is as Trainer has it."""
+    encoder, decoder = pair
+    arguments = compression_arguments(max_steps=8, warmup_ratio=0.3, lr_scheduler=name, learning_rate=1.0e-3)
+    train_compression(encoder, decoder, COMPRESSION, tmp_path / "out", arguments)
+    decay = {"cosine": lambda x: (1 + math.cos(math.pi * x)) / 2, "linear": lambda x: 1 - x}[name]
+    expected = [0.25, 0.5, 0.75, *(decay(step / 5) for step in range(5))]
+    assert rates(tmp_path / "out") == pytest.approx([1e-3 * share for share in expected])
 
-    def run(*words: str) -> str:
-        result = CliRunner().invoke(app, ["train", *words])
-        assert result.exit_code == 0, result.output
-        return result.output
 
-    first, second = str(tmp_path / "compressed"), str(tmp_path / "aligned")
-    run("compress", "--base", str(tiny_base), "--data", str(pwc), "--output", first, *common)
-    run("align", "--model", first, "--data", str(nli), "--output", second, *common)
-    compressed = AutoRegEncoder.from_pretrained(first)
-    aligned = AutoRegEncoder.from_pretrained(second)
-    assert compressed.fingerprint != aligned.fingerprint
-    assert compressed.config == aligned.config
-    for words in (("compress",), ("align",)):
-        assert "Example: autoregembed train" in run(*words, "--help")
-    bad = CliRunner().invoke(
-        app, ["train", "align", "--model", first, "--data", str(pwc), "--output", second, *common]
-    )
-    assert bad.exit_code == 2
-    assert "line 1: the fields context, instruction, output" in bad.output
+def test_one_step_trains(pair, tmp_path):
+    encoder, decoder = pair
+    before = encoder.fingerprint
+    train_compression(encoder, decoder, COMPRESSION, tmp_path / "out", compression_arguments(max_steps=1))
+    assert encoder.fingerprint != before
+    assert rates(tmp_path / "out") == [1.5e-3]
+
+
+def test_reports_that_cannot_be_made_are_refused_before_training(pair, tmp_path):
+    for report_to in ("wandb", "nonsense"):
+        with pytest.raises(ValueError, match=f"report_to='{report_to}' is not installed.*one of none, all"):
+            train_compression(
+                *pair, COMPRESSION, tmp_path / "out", compression_arguments(report_to=report_to)
+            )
+
+
+def test_texts_that_training_cuts_are_counted_once_in_a_warning(pair, tmp_path, caplog):
+    encoder, decoder = pair
+    room = encoder.prompts.max_text_tokens(encoder.config.document_instruction)
+    fitting, long = (" a" * count for count in (room, room + 1))
+    assert encoder.count_tokens(fitting) == room
+    rows = [AlignmentRow("Where?", long), AlignmentRow("What?", fitting), AlignmentRow("Who?", long)]
+    train_alignment(encoder, decoder, rows, tmp_path / "out", alignment_arguments(epochs=2))
+    assert caplog.text.count("texts were cut") == 1
+    assert "1 texts were cut to fit into prompts of 128 tokens" in caplog.text
+
+
+@pytest.mark.filterwarnings("error::FutureWarning")
+def test_activations_are_recomputed_without_a_warning(pair, tmp_path):
+    encoder, decoder = pair
+    arguments = compression_arguments(max_steps=1, gradient_checkpointing=True)
+    train_compression(encoder, decoder, COMPRESSION, tmp_path / "out", arguments)
 
 
 def test_without_accelerate_the_error_says_what_to_install(monkeypatch):
