@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -119,6 +120,12 @@ class FrozenDecoder(torch.nn.Module):
         """Token ids of each target with `<eos>`, cut to `max_target_tokens` (then without)."""
         rows = self._text.encode(targets, limit=self.max_target_tokens)
         return [[*row, self._eos][: self.max_target_tokens] for row in rows]
+
+    def check_target(self, text: str) -> None:
+        """ValueError for a text that the tokenizer drops altogether."""
+        # No tokenizer drops letters or digits of ASCII, which spares tokenising nearly every text.
+        if not re.search(r"[a-zA-Z0-9]", text) and len(self.target_ids([text])[0]) < 2:
+            raise ValueError(f"the tokenizer leaves no token of the target {text!r}: remove the row")
 
     @property
     def _eos(self) -> int:

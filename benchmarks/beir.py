@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
+from autoregembed_rag.finetuning.judged import judgements
 from autoregembed_rag.training.sources import numbered_rows
 
 HUB_SPLITS = {"msmarco": "validation"}  # its judgements for "test" are TREC DL 2019's, another task
@@ -160,17 +161,9 @@ def _text(row: dict[str, Any], field: str, where: str, default: str | None = Non
 
 def _read_qrels(file: Path) -> Qrels:
     qrels: Qrels = {}
-    with file.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            fields = line.rstrip("\r\n").split("\t")
-            if (number == 1 and fields[:1] == ["query-id"]) or fields == [""]:
-                continue
-            try:
-                query, document, score = fields
-                qrels.setdefault(query, {})[document] = int(score)
-            except ValueError as error:
-                raise BenchmarkDataError(
-                    f"{file}, line {number}: expected query-id, corpus-id and a whole-number score "
-                    f"separated by tabs, found {line.rstrip()!r}"
-                ) from error
+    try:
+        for _, query, document, grade in judgements(file):
+            qrels.setdefault(query, {})[document] = grade
+    except ValueError as error:
+        raise BenchmarkDataError(str(error)) from error
     return qrels

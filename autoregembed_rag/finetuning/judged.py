@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,23 +72,29 @@ def _texts(file: Path, *, titled: bool) -> dict[str, str]:
     return texts
 
 
+def judgements(file: Path) -> Iterator[tuple[str, str, str, int]]:
+    """The place, query id, document id and grade of each line of a file of qrels, with or without a header.
+
+    ValueError names file and line of what is malformed.
+    """
+    with file.open(encoding="utf-8-sig", errors="surrogateescape") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip() and not (number == 1 and _is_header(line)):
+                place = f"{file}, line {number}"
+                yield place, *_judgement(line, place)
+
+
 def _qrels(file: Path, queries: Mapping[str, str], corpus: Mapping[str, str]) -> dict[str, dict[str, int]]:
     """The judgements of existing documents with text, of queries with a relevant one among them."""
     qrels: dict[str, dict[str, int]] = {}
     missing = 0
-    with file.open(encoding="utf-8-sig", errors="surrogateescape") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip() or (number == 1 and _is_header(line)):
-                continue
-            query, document, grade = _judgement(line, f"{file}, line {number}")
-            if not queries.get(query):
-                raise ValueError(
-                    f"{file}, line {number}: query {query!r} is not in queries.jsonl or has no text"
-                )
-            if corpus.get(document):
-                qrels.setdefault(query, {})[document] = grade
-            else:
-                missing += 1
+    for place, query, document, grade in judgements(file):
+        if not queries.get(query):
+            raise ValueError(f"{place}: query {query!r} is not in queries.jsonl or has no text")
+        if corpus.get(document):
+            qrels.setdefault(query, {})[document] = grade
+        else:
+            missing += 1
     if missing:
         logger.warning("%s judges %d documents that are not in corpus.jsonl or have no text", file, missing)
     return {query: grades for query, grades in qrels.items() if max(grades.values()) > 0}

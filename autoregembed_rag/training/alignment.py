@@ -14,7 +14,6 @@ from ..decoder import FrozenDecoder
 from ..encoder import AutoRegEncoder
 from ..losses import DIVERGENCES, conditional_distribution_alignment_loss, divergence_alignment_loss
 from .arguments import AlignmentArguments
-from .compression import check_target
 from .data import AlignmentRow, alignment_rows
 from .negatives import Negatives
 from .reference import Pair, ReferenceStore
@@ -64,7 +63,7 @@ def train_alignment(
         def examine(row: AlignmentRow) -> None:
             negatives.check(row)
             for text in (row.pos, *row.neg):
-                check_target(decoder, text)
+                decoder.check_target(text)
 
         rows.check(examine)
         objective = Divergences if arguments.similarity in DIVERGENCES else LogProbabilities

@@ -68,7 +68,11 @@ def test_a_title_comes_before_the_text_and_an_empty_one_leaves_nothing(folder):
         ("corpus.jsonl", '{"_id": "d1", "text": "x"}\n' * 2, "a document _id occurs twice"),
         ("queries.jsonl", '["q1"]\n', r"queries\.jsonl, line 1: a JSON object is needed, not list"),
         ("qrels/test.tsv", "query-id\tcorpus-id\tscore\nq1\td1\n", r"test\.tsv, line 2: expected query-id"),
-        ("qrels/test.tsv", "q1\td1\thigh\n", r"test\.tsv, line 1: expected query-id.*'q1\\td1\\thigh'"),
+        (
+            "qrels/test.tsv",
+            "q1\td1\t1\nq1\td2\thigh\n",
+            r"test\.tsv, line 2: expected query-id.*'q1\\td2\\thigh'",
+        ),
         ("qrels/test.tsv", "q9\td1\t1\n", "judge query 'q9', which the queries do not have"),
         ("qrels/test.tsv", "q1\td1\t0\n", "0 queries with a relevant one"),
     ],
