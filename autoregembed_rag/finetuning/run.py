@@ -31,6 +31,7 @@ from typing import Any, cast
 
 from ..decoder import FrozenDecoder
 from ..encoder import AutoRegEncoder
+from ..loading import BUNDLED
 from ..training.alignment import train_alignment
 from ..training.arguments import AlignmentArguments, CompressionArguments, ContrastArguments, StageArguments
 from ..training.checkpoints import sole_writer
@@ -59,6 +60,8 @@ from .state import (
 )
 
 logger = logging.getLogger(__name__)
+
+DECODER = "decoder"
 
 DEFAULT_BLEND = 0.5
 """Share of the trained weights in what becomes of a checkpoint."""
@@ -231,7 +234,7 @@ class _Run:
         last: str | Path = self.model
         for stage in plan.stages:
             last = self._train(stage, last)
-        self._blended(last).save_pretrained(self.output)
+        self._with_decoder(self._blended(last)).save_pretrained(self.output)
         trained = AutoRegEncoder.from_pretrained(self.output, device=self.device, dtype="float32")
         after = retrieval_score(trained, self.prepared.evaluation, show_progress=True)
         report = FinetuneReport(
@@ -310,6 +313,15 @@ class _Run:
             before = load_encoder(self.model, "cpu").model.state_dict()
             for name, weights in trained.model.state_dict().items():
                 weights.lerp_(before[name], 1 - share)
+        return trained
+
+    def _with_decoder(self, trained: AutoRegEncoder) -> AutoRegEncoder:
+        """With a copy of a decoder that is part of this package: another release may bundle another."""
+        decoder = trained.config.decoder
+        if decoder is not None and Path(decoder).is_relative_to(BUNDLED):
+            copy = self.output.resolve() / DECODER
+            shutil.copytree(decoder, copy, dirs_exist_ok=True)
+            trained.config = replace(trained.config, decoder=str(copy))
         return trained
 
     def _rows(self, stage: StagePlan) -> Rows[Any]:

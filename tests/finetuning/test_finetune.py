@@ -283,6 +283,19 @@ def test_the_result_lies_between_the_weights_before_training_and_the_trained_one
     torch.testing.assert_close(weights["default"][table], before + default * moved, rtol=0, atol=1e-7)
 
 
+def test_a_bundled_decoder_comes_along_so_that_the_folder_can_move(
+    folder, tiny_checkpoint, tmp_path, monkeypatch
+):
+    decoder = Path(AutoRegEncoder.from_pretrained(tiny_checkpoint, device="cpu").config.decoder)
+    monkeypatch.setattr(module, "BUNDLED", decoder.parent)
+    run(folder, tmp_path / "here", tiny_checkpoint, compression=None, alignment=None)
+    moved = (tmp_path / "here").rename(tmp_path / "there")
+    kept = Path(AutoRegEncoder.from_pretrained(moved, device="cpu").config.decoder)
+    assert kept.parent == moved.resolve()
+    fingerprints = [FrozenDecoder.from_pretrained(m, device="cpu").fingerprint for m in (moved, decoder)]
+    assert fingerprints[0] == fingerprints[1]
+
+
 def test_training_on_a_judged_corpus_in_memory(folder, tiny_checkpoint, tmp_path):
     things = sorted(file.stem for file in folder.iterdir())
     corpus = {thing: f"Here is a {thing} near the river bank, as one would hope." for thing in things}
