@@ -90,24 +90,33 @@ def least_operations(
     encoder: AutoRegEncoder, decoder: FrozenDecoder, stage: str, rows: Sequence[Row]
 ) -> float:
     """Floating-point operations without which no step over `rows` can be made: nothing padded, encoded twice or
-    computed again, and no gradient for the decoder's weights."""
-    body = sum(layer.weight.numel() for layer in encoder.model.modules() if isinstance(layer, nn.Linear))
+    computed again, of the encoder's last layer keys and values of all tokens and the rest at the compressed ones, and
+    no gradient for the decoder's weights."""
+    body = matrix_entries(encoder.model)
+    last = encoder.model.layers[-1]
+    read_last = sum(map(matrix_entries, (last.self_attn.q_proj, last.self_attn.o_proj, last.mlp)))
     head = decoder.model.get_output_embeddings().weight.numel()
     config = encoder.model.config
     k = encoder.num_compressed_tokens
 
-    def attention(tokens: int) -> int:  # scores and their sums, over what stands to the left
-        return 2 * config.num_hidden_layers * config.hidden_size * tokens**2
+    def attention(tokens: int, layers: int) -> int:  # scores and their sums, over what stands to the left
+        return 2 * layers * config.hidden_size * tokens**2
 
     def encoded(tokens: int) -> int:  # forward, and backward for states and weights
-        return 3 * (2 * body * tokens + attention(tokens))
+        products = 2 * (body * tokens - read_last * (tokens - k)) + 4 * config.hidden_size * k * tokens
+        return 3 * (products + attention(tokens, config.num_hidden_layers - 1))
 
     def decoded(targets: int) -> int:  # forward, and backward for states alone; the last token is not read
         read = k + targets - 1
-        return 2 * (2 * body * read + 2 * head * targets) + 3 * attention(read)
+        return 2 * (2 * body * read + 2 * head * targets) + 3 * attention(read, config.num_hidden_layers)
 
     prompts, targets = texts_of(encoder, decoder, stage, rows)
     return float(sum(map(encoded, map(len, prompts))) + sum(map(decoded, map(len, targets))))
+
+
+def matrix_entries(model: nn.Module) -> int:
+    """Of all linear layers: a token takes a multiplication and an addition for each."""
+    return sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, nn.Linear))
 
 
 def texts_of(
