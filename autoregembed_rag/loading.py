@@ -227,9 +227,15 @@ def untrained_config(
 
 @torch.inference_mode()
 def check_causal(model: PreTrainedModel) -> None:
-    """ValueError for a model that looks to the right: it would see padding, and its vectors the batch."""
+    """ValueError for a model that looks to the right: it would see padding, and its vectors the batch; and for one
+    whose states are not finite."""
     ids = torch.tensor([[0, 0], [0, 1]], device=model.device)
     first = model(input_ids=ids, use_cache=False).last_hidden_state[:, 0].float()
+    if not torch.isfinite(first).all():
+        raise ValueError(
+            f"the states of this {type(model).__name__} are not finite: its weights are damaged, or their training has "
+            "diverged; train again at a lower learning rate"
+        )
     if not torch.allclose(first[0], first[1], rtol=1e-2, atol=1e-2):
         raise ValueError(
             f"{type(model).__name__} is not causal: a token's state depends on the tokens after it. "

@@ -166,6 +166,15 @@ def test_a_model_that_reads_both_ways_is_refused(tmp_path: Path):
         AutoRegEncoder.from_base(tmp_path, dtype="float32")
 
 
+def test_weights_of_a_training_that_diverged_are_called_that(tiny_checkpoint: Path, tmp_path: Path):
+    encoder = AutoRegEncoder.from_pretrained(tiny_checkpoint, device="cpu", dtype="float32")
+    with torch.no_grad():
+        encoder.trainable().norm.weight.fill_(torch.inf)
+    encoder.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="not finite.*diverged"):
+        AutoRegEncoder.from_pretrained(tmp_path, device="cpu")
+
+
 def test_a_vocabulary_with_holes_gets_rows_for_its_highest_ids(tmp_path: Path):
     tokenizer = build_tokenizer()
     model = tiny_llama(tokenizer)
