@@ -171,7 +171,7 @@ def test_weights_of_a_training_that_diverged_are_called_that(tiny_checkpoint: Pa
     with torch.no_grad():
         encoder.trainable().norm.weight.fill_(torch.inf)
     encoder.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="not finite.*diverged"):
+    with pytest.raises(ValueError, match=r"not finite.*diverged"):
         AutoRegEncoder.from_pretrained(tmp_path, device="cpu")
 
 
