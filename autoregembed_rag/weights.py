@@ -122,6 +122,17 @@ def attach_adapter(body: PreTrainedModel, folder: Path, *, config: Any = None) -
 
 
 @torch.no_grad()
+def blend_weights(model: nn.Module, before: Mapping[str, Tensor], share: float) -> None:
+    """Put `model` between the weights `before` training and its own: `share` of its own, the rest of the others.
+
+    The average of both forgets less, and often finds more than either (Wortsman et al. 2022, Robust fine-tuning of
+    zero-shot models).
+    """
+    for name, weights in model.state_dict().items():
+        weights.lerp_(before[name].to(weights), 1 - share)
+
+
+@torch.no_grad()
 def grow_table(body: PreTrainedModel, size: int) -> None:
     """Give the input embeddings at least `size` rows; new ones are zeros."""
     known = len(embedding_table(body))

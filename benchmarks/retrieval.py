@@ -24,7 +24,7 @@ import typer
 try:
     from autoregembed_rag.cli_index import human_bytes
     from benchmarks.beir import BenchmarkDataError, RetrievalSet, limit_documents, load_folder, load_hub
-    from benchmarks.models import Bases, Models, load_encoders
+    from benchmarks.models import Bases, Compare, Models, load_candidates
     from benchmarks.pydoc import load_pydoc
     from benchmarks.report import bar_chart, environment, print_table, write_json
     from benchmarks.scoring import DEPTH, MEASURES, score_run
@@ -88,6 +88,7 @@ def _seconds(work: Callable[[], object]) -> float:
 def main(
     model: Models = None,
     base: Bases = None,
+    compare: Compare = False,
     data_dir: Annotated[Path | None, typer.Option(help="A folder in BEIR's format.")] = None,
     dataset: Annotated[
         str | None, typer.Option(help="A BEIR set on the hub: nfcorpus, scifact, msmarco, ...")
@@ -114,17 +115,19 @@ def main(
     try:
         data = load_data(data_dir, dataset, split)
         data = data if limit is None else limit_documents(data, limit)
-        encoders = load_encoders(model, base, pooling=pooling and pooling.value, num_tokens=num_tokens)
+        candidates = load_candidates(
+            model, base, compare=compare, pooling=pooling and pooling.value, num_tokens=num_tokens
+        )
     except (BenchmarkDataError, FileNotFoundError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(2) from None
 
     print(f"{data.name} ({data.split}): {len(data.documents):,} documents, {len(data.queries):,} queries")
     results = [evaluate(BM25(), data, seed)]
-    for name, encoder in encoders.items():
+    for candidate in candidates:
         with ExitStack() as stack:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()), "index")
-            system = Dense(name, encoder, folder, batch_size)
+            system = Dense(candidate, folder, batch_size)
             stack.callback(system.close)
             results.append(evaluate(system, data, seed))
     _report(data, results, out or Path("results", "retrieval", data.name), limit, seed)

@@ -1,82 +1,154 @@
-"""Semantic textual similarity: `python -m benchmarks.sts FILE.tsv`.
+"""Semantic textual similarity: `python -m benchmarks.sts FILE.tsv ...`.
 
-Spearman's rank correlation x 100 between human scores and the cosines of sentence pairs, both sentences
-embedded as documents. FILE.tsv has the columns score, sentence1 and sentence2, with a header line.
+Spearman's rank correlation x 100 between human scores and the cosines of sentence pairs, both sentences embedded as
+documents. A file has the columns score, sentence1 and sentence2, with a header line or without; `--hub` reads the
+paper's ten sets (section 4.1) as MTEB keeps them.
 """
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import typer
 
 from benchmarks.beir import BenchmarkDataError
-from benchmarks.models import Bases, Encoder, Models, load_encoders
-from benchmarks.report import environment, print_table, write_json
+from benchmarks.models import HYBRID, Bases, Compare, Encoder, Models, load_candidates
+from benchmarks.report import bar_chart, environment, print_table, write_json
 from benchmarks.scoring import spearman
+
+# Dataset and configuration on the hub; each has the columns sentence1, sentence2 and score.
+HUB = {
+    "biosses": ("mteb/biosses-sts", None),
+    "sickr": ("mteb/sickr-sts", None),
+    "sts12": ("mteb/sts12-sts", None),
+    "sts13": ("mteb/sts13-sts", None),
+    "sts14": ("mteb/sts14-sts", None),
+    "sts15": ("mteb/sts15-sts", None),
+    "sts16": ("mteb/sts16-sts", None),
+    "sts17": ("mteb/sts17-crosslingual-sts", "en-en"),
+    "sts22": ("mteb/sts22-crosslingual-sts", "en"),
+    "stsb": ("mteb/stsbenchmark-sts", None),
+}
+ALL = "all"
 
 app = typer.Typer(add_completion=False)
 
 
-def evaluate_pairs(encoder: Encoder, scores: np.ndarray, first: list[str], second: list[str]) -> float:
-    """Spearman x 100 of the cosines of (first[i], second[i]) with scores[i]."""
-    vectors = encoder.encode_documents(first + second, show_progress=True)
-    cosines = (vectors[: len(first)] * vectors[len(first) :]).sum(axis=1)
-    return 100 * spearman(scores, cosines)
+@dataclass(frozen=True)
+class Pairs:
+    """Sentence pairs and how similar people found them."""
+
+    name: str
+    scores: np.ndarray
+    first: list[str]
+    second: list[str]
 
 
-def read_pairs(file: Path) -> tuple[np.ndarray, list[str], list[str]]:
-    """Scores and both sentences of each pair; `BenchmarkDataError` names file and line of what is wrong."""
+def evaluate_pairs(encoder: Encoder, pairs: Pairs) -> float:
+    """Spearman x 100 of the cosines of both sentences with the scores."""
+    vectors = encoder.encode_documents(pairs.first + pairs.second, show_progress=True)
+    cosines = (vectors[: len(pairs.first)] * vectors[len(pairs.first) :]).sum(axis=1)
+    return 100 * spearman(pairs.scores, cosines)
+
+
+def read_pairs(file: Path) -> Pairs:
+    """The pairs of a file; `BenchmarkDataError` names file and line of what is wrong."""
     if not file.is_file():
         raise BenchmarkDataError(f"{file} does not exist; a TSV of score, sentence1, sentence2 is needed")
-    scores, first, second = [], [], []
+    rows: list[tuple[float, str, str]] = []
     for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), start=1):
         if not line.strip() or (number == 1 and line.startswith("score\t")):
             continue
         try:
             score, one, two = line.rstrip("\r").split("\t")
-            scores.append(float(score))
+            rows.append((float(score), one, two))
         except ValueError as error:
             raise BenchmarkDataError(
                 f"{file}, line {number}: expected score, sentence1 and sentence2 separated by tabs, "
                 f"found {line!r}"
             ) from error
-        first.append(one)
-        second.append(two)
-    if len(scores) < 2:
-        raise BenchmarkDataError(f"{file} holds {len(scores)} pairs; a correlation needs at least 2")
-    return np.array(scores), first, second
+    return _pairs(f"{file.resolve().parent.name} {file.stem}", rows)
 
 
-@app.command(epilog="Example: python -m benchmarks.sts stsb/test.tsv --base mini")
+def load_pairs(name: str) -> Pairs:
+    """The test split of one of the sets of `HUB`; `BenchmarkDataError` if it cannot be had."""
+    if name not in HUB:
+        raise BenchmarkDataError(f"{name!r} is no set of the paper: choose from {', '.join(HUB)}, or {ALL}")
+    path, configuration = HUB[name]
+    try:
+        from datasets import load_dataset
+
+        rows = load_dataset(path, configuration, split="test")
+    except ImportError as error:
+        raise BenchmarkDataError(f'{error}; --hub needs: pip install "autoregembed-rag[train]"') from error
+    except (OSError, ValueError) as error:
+        raise BenchmarkDataError(
+            f"{path} cannot be read from the hub ({type(error).__name__}): go online, or give a TSV of score, "
+            "sentence1 and sentence2"
+        ) from error
+    return _pairs(name, [(float(row["score"]), row["sentence1"], row["sentence2"]) for row in rows])
+
+
+def _pairs(name: str, rows: list[tuple[float, str, str]]) -> Pairs:
+    if len(rows) < 2:
+        raise BenchmarkDataError(f"{name} holds {len(rows)} pairs; a correlation needs at least 2")
+    scores, first, second = zip(*rows, strict=True)
+    return Pairs(name, np.array(scores), list(first), list(second))
+
+
+@app.command(epilog="Example: python -m benchmarks.sts stsb/test.tsv sickr/test.tsv --base mini")
 def main(
-    file: Annotated[Path, typer.Argument(help="TSV of score, sentence1, sentence2.")],
+    files: Annotated[
+        list[Path] | None, typer.Argument(help="TSVs of score, sentence1, sentence2.", show_default=False)
+    ] = None,
+    hub: Annotated[
+        list[str] | None,
+        typer.Option(help=f"A set of the paper: {', '.join(HUB)}, or {ALL}.", show_default=False),
+    ] = None,
     model: Models = None,
     base: Bases = None,
-    out: Annotated[Path, typer.Option(help="Where results.json goes.")] = Path("results/sts"),
+    compare: Compare = False,
+    out: Annotated[Path, typer.Option(help="Where results.json and results.png go.")] = Path("results/sts"),
 ) -> None:
-    """Measure semantic similarity on one file of sentence pairs."""
+    """Measure semantic similarity on files of sentence pairs, and on the paper's sets."""
     try:
-        scores, first, second = read_pairs(file)
-        encoders = load_encoders(model, base)
+        names = list(HUB) if hub and ALL in hub else hub or []
+        sets = [*map(read_pairs, files or []), *map(load_pairs, names)]
+        if not sets:
+            raise BenchmarkDataError(
+                "nothing to measure: give a TSV of score, sentence1, sentence2, or --hub all"
+            )
+        candidates = load_candidates(model, base, compare=compare)
     except (BenchmarkDataError, FileNotFoundError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(2) from None
 
-    results: list[dict[str, Any]] = [
+    results = [
         {
-            "system": name,
-            "spearman": evaluate_pairs(encoder, scores, first, second),
-            "fingerprint": encoder.fingerprint,
+            "system": candidate.name,
+            "spearman": {pairs.name: evaluate_pairs(candidate.encoder, pairs) for pairs in sets},
+            "details": candidate.details,
         }
-        for name, encoder in encoders.items()
+        for candidate in candidates
+        if candidate.use != HYBRID  # there is nothing to search
     ]
-    print(f"{file} ({len(scores):,} pairs)")
-    print_table(["system", "Spearman x 100"], [[r["system"], f"{r['spearman']:.2f}"] for r in results])
-    target = out / f"{file.resolve().parent.name}-{file.stem}" / "results.json"
-    write_json(target, {"file": str(file), "pairs": len(scores), "results": results, **environment()})
-    print(f"written: {target}")
+    columns = {result["system"]: list(result["spearman"].values()) for result in results}
+    mean = ["mean"] if len(sets) > 1 else []
+    print("Spearman x 100")
+    print_table(
+        ["system", *(f"{pairs.name} ({len(pairs.first):,})" for pairs in sets), *mean],
+        [
+            [name, *(f"{value:.2f}" for value in values), *(f"{np.mean(values):.2f}" for _ in mean)]
+            for name, values in columns.items()
+        ],
+    )
+    record = {"sets": {pairs.name: len(pairs.first) for pairs in sets}, "results": results, **environment()}
+    write_json(out / "results.json", record)
+    shares = {name: [value / 100 for value in values] for name, values in columns.items()}
+    bar_chart(out / "results.png", "Spearman", [pairs.name for pairs in sets], shares)
+    print(f"written: {out / 'results.json'}, {out / 'results.png'}")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from autoregembed_indexes import DocumentIndex
 from benchmarks.beir import Document
-from benchmarks.models import Encoder
+from benchmarks.models import HYBRID, Candidate
 
 Ranking = list[tuple[str, float]]
 """Document ids and scores of one query, best first."""
@@ -74,11 +74,12 @@ class BM25:
 
 
 class Dense:
-    """An encoder and a `DocumentIndex` on disk, in `folder`."""
+    """An encoder and a `DocumentIndex` on disk, in `folder`; for a hybrid candidate the words of the query, too."""
 
-    def __init__(self, name: str, encoder: Encoder, folder: Path, batch_size: int | None = None) -> None:
-        self.name = name
-        self._encoder = encoder
+    def __init__(self, candidate: Candidate, folder: Path, batch_size: int | None = None) -> None:
+        self.name = candidate.name
+        self._candidate = candidate
+        self._encoder = encoder = candidate.encoder
         self._folder = folder
         self._batch_size = batch_size
         self._index = DocumentIndex.create(folder, dimension=encoder.dimension, encoder=encoder.fingerprint)
@@ -97,7 +98,11 @@ class Dense:
         rankings: list[Ranking] = []
         chunks = list(_chunks(queries, QUERIES_PER_CHUNK))
         for chunk in tqdm(chunks, desc=f"{self.name}: queries", unit="batch", disable=len(chunks) == 1):
-            found = self._index.search(self._encoder.encode_queries(chunk, batch_size=self._batch_size), k)
+            vectors = self._encoder.encode_queries(chunk, batch_size=self._batch_size)
+            if self._candidate.use == HYBRID:
+                found = self._index.search_hybrid(vectors, chunk, k)
+            else:
+                found = self._index.search(vectors, k)
             rankings += [[(hit.id, hit.score) for hit in hits] for hits in found]
         return rankings
 
@@ -107,7 +112,7 @@ class Dense:
 
     def details(self) -> dict[str, Any]:
         """Which model this was."""
-        return {"fingerprint": self._encoder.fingerprint, "dimension": self._encoder.dimension}
+        return self._candidate.details
 
     def close(self) -> None:
         """Close the index."""

@@ -6,8 +6,7 @@ Notable decisions:
 - one process; a run that was killed goes on in the same output folder with the plan that it began with, and its scores
   before training are measured once;
 - every stage starts from the folder that the one before it left, so that no two encoders are in memory while it trains;
-- a checkpoint is not replaced by what was trained but met half way: the average of the weights before and after forgets
-  less, and on small corpora finds more than either (Wortsman et al. 2022, Robust fine-tuning of zero-shot models).
+- a checkpoint is not replaced by what was trained but met half way, see `weights.blend_weights`.
 """
 
 from __future__ import annotations
@@ -39,6 +38,7 @@ from ..training.compression import train_compression
 from ..training.contrast import train_contrast
 from ..training.data import Rows, alignment_rows, compression_rows
 from ..training.stage import read_record
+from ..weights import blend_weights
 from .corpus import CorpusArguments, Prepared, prepare, prepare_documents, prepare_judged
 from .curves import new_figure
 from .documents import Document
@@ -310,9 +310,7 @@ class _Run:
         trained = AutoRegEncoder.from_pretrained(last, device="cpu", dtype="float32")
         share = self.arguments.blend or (1.0 if is_base(self.model) else DEFAULT_BLEND)
         if share < 1:
-            before = load_encoder(self.model, "cpu").model.state_dict()
-            for name, weights in trained.model.state_dict().items():
-                weights.lerp_(before[name], 1 - share)
+            blend_weights(trained.model, load_encoder(self.model, "cpu").model.state_dict(), share)
         return trained
 
     def _with_decoder(self, trained: AutoRegEncoder) -> AutoRegEncoder:

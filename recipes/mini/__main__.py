@@ -12,21 +12,28 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, LlamaModel
 
 from autoregembed_rag import AutoRegEncoder, FrozenDecoder
+from autoregembed_rag.config import AutoRegConfig
+from autoregembed_rag.loading import add_embed_tokens
 from autoregembed_rag.training.alignment import train_alignment
 from autoregembed_rag.training.arguments import AlignmentArguments, CompressionArguments, ContrastArguments
 from autoregembed_rag.training.compression import train_compression
 from autoregembed_rag.training.contrast import train_contrast
+from autoregembed_rag.weights import blend_weights
 
 from . import bag, base_lm, data
+from .base_lm import llama
 from .package import package
 from .sizes import SIZES, Size
 from .tokenizer import train_tokenizer
 
 logger = logging.getLogger("recipes.mini")
+
+BLEND = 0.5  # of the trained weights in the result, the rest are the start's
 
 
 def main(
@@ -65,12 +72,14 @@ class Recipe:
         return {
             "tokenizer": self.tokenizer,
             "bag.safetensors": self.bag,
+            "start": self.start,
+            "reading.safetensors": self.reading,
             "packed.npy": self.pack,
             "base": self.base,
-            "start": self.start,
             "compressed": self.compress,
             "aligned": self.align,
             "contrasted": self.contrast,
+            "blended": self.blend,
         }
 
     def run(self, name: str, stage: Callable[[Path], object]) -> None:
@@ -90,40 +99,49 @@ class Recipe:
         train_tokenizer(texts, self.size.vocab_size, self.size.max_length, output)
 
     def bag(self, output: Path) -> None:
+        tokenizer = self._tokenizer()
+        stream = bag.batches(
+            data.pairs_by_source(self.corpus, self.seed),
+            list(data.documents_up_to(self.corpus, self.size.bag_characters)),
+            tokenizer,
+            self.size.bag_batch,
+            self.seed,
+        )
         bag.train_bag(
-            data.pairs(self.corpus, self.seed),
-            self._tokenizer(),
+            stream,
+            len(tokenizer),
             dimension=self.size.hidden_size - bag.RESERVED,
             steps=self.size.bag_steps,
-            batch_size=self.size.bag_batch,
             seed=self.seed,
             output=output,
         )
+
+    def start(self, output: Path) -> None:
+        torch.manual_seed(self.seed)
+        tokenizer = self._tokenizer()
+        add_embed_tokens(tokenizer, self.size.num_compressed_tokens)
+        config = AutoRegConfig(
+            num_compressed_tokens=self.size.num_compressed_tokens, max_length=self.size.max_length
+        )
+        encoder = AutoRegEncoder(LlamaModel(llama(tokenizer, self.size)), tokenizer, config)
+        bag.write_bag(encoder, self.work / "bag.safetensors")
+        encoder.save_pretrained(output)
+
+    def reading(self, output: Path) -> None:
+        rows = data.pairs(self.corpus, self.seed, self.size.reading_rows)
+        base_lm.write_reading(self._encoder("start"), rows, self.size.reading_length, output)
 
     def pack(self, output: Path) -> None:
         texts = data.documents(self.corpus)
         base_lm.pack_tokens(self._tokenizer(), texts, self.size.pretrain_tokens, output)
 
     def base(self, output: Path) -> None:
+        text = base_lm.Text(
+            self.work / "packed.npy", self.work / "reading.safetensors", self.size.pretrain_length
+        )
         base_lm.train_base_lm(
-            self._tokenizer(),
-            self.work / "packed.npy",
-            self.work / "bag.safetensors",
-            self.size,
-            seed=self.seed,
-            output=output,
+            self._tokenizer(), text, self.work / "bag.safetensors", self.size, seed=self.seed, output=output
         )
-
-    def start(self, output: Path) -> None:
-        encoder = AutoRegEncoder.from_base(
-            self.work / "base",
-            self.size.num_compressed_tokens,
-            dtype="float32",
-            max_length=self.size.max_length,
-        )
-        bag.warm_start(encoder.trainable(), self.work / "bag.safetensors", silence_later_layers=True)
-        bag.quieten(encoder)
-        encoder.save_pretrained(output)
 
     def compress(self, output: Path) -> None:
         train_compression(
@@ -131,9 +149,7 @@ class Recipe:
             self._decoder(),
             data.compression_rows(self.corpus, self.seed, self.size.compress_rows),
             output,
-            CompressionArguments(
-                learning_rate=5e-4, epochs=1, seed=self.seed, save_steps=self.size.save_steps
-            ),
+            CompressionArguments(epochs=1, seed=self.seed, save_steps=self.size.save_steps),
         )
 
     def align(self, output: Path) -> None:
@@ -148,16 +164,21 @@ class Recipe:
     def contrast(self, output: Path) -> None:
         train_contrast(
             self._encoder("aligned"),
-            data.pairs(self.corpus, self.seed),
+            data.pairs(self.corpus, self.seed, self.size.contrast_rows),
             output,
             ContrastArguments(
-                learning_rate=3e-4,
+                epochs=1,
+                learning_rate=1e-4,
                 batch_size=self.size.contrast_batch,
-                max_steps=self.size.contrast_steps,
                 seed=self.seed,
                 save_steps=self.size.save_steps,
             ),
         )
+
+    def blend(self, output: Path) -> None:
+        trained = self._encoder("contrasted")
+        blend_weights(trained.model, self._encoder("start").model.state_dict(), BLEND)
+        trained.save_pretrained(output)
 
     def _tokenizer(self) -> AutoTokenizer:
         return AutoTokenizer.from_pretrained(self.work / "tokenizer")

@@ -1,17 +1,21 @@
-"""Token embeddings from a bag of words, and a first layer that reproduces the bag.
+"""Token embeddings from a bag of words, and a transformer that begins as that bag.
 
-A text's vector is the sum of its tokens' vectors; pairs are pulled together by an in-batch softmax over
-cosines. Minutes of this teach the table more about meaning than an hour of language modelling on a CPU.
+A text's vector is the weighted sum of its tokens' vectors; pairs are pulled together by an in-batch softmax over
+cosines. Minutes of this teach the table more about meaning than an hour of language modelling on a CPU. A token weighs
+more at the beginning of a text than far behind, where documents ramble: exp(AHEAD * (share - 1)) with
+share = REACH / (REACH + position).
 
-The warm start then writes the bag into a Llama layer exactly: RMSNorm drops a token vector's length, so the
-length moves into the attention instead. One dimension of the table holds log-length, one a constant; a head
-whose query reads the constant and whose key reads the log-length attends in proportion to the length, so
-that the head's output, a weighted mean of directions, points where the sum of the token vectors points.
+`write_bag` makes a Llama compute the same. RMSNorm drops a token vector's length, so that one dimension of the table
+holds its logarithm and another a constant. In the first layer a head looks at `<s>` with the weight of REACH tokens:
+its share falls with the position, and is added to the log-length. In the last layer the compressed tokens, who have a
+direction in common, attend by that sum: to each token as the bag weighs it. What comes out is the mean direction.
+Nothing else adds anything, until it is trained.
 """
 
 from __future__ import annotations
 
-import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,59 +23,111 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase
 
 from autoregembed_rag import AutoRegEncoder
 from autoregembed_rag.prompt import embed_tokens
 from autoregembed_rag.training.data import AlignmentRow
 
-logger = logging.getLogger(__name__)
+RESERVED = 2  # dimensions of the table: log-length and constant
+SCALE = 0.05  # of both, small, so that they hardly change a row's root mean square
+AHEAD, REACH = 5.0, 300.0
+SILENT = -6.0  # log-length of tokens that nobody should attend to
+SILENT_LENGTH = math.sqrt(1 + (SCALE * SILENT) ** 2)  # of their rows, by which RMSNorm divides
+MAX_TOKENS = 160
+CHUNK = 4096  # texts tokenised at once
 
-RESERVED = 2  # dimensions of the table that hold log-length and the constant
-LENGTH_SCALE = 0.1  # small, so that they hardly change the row's root mean square
-MAX_TOKENS = 128
+DOCUMENTS = 0.45  # of all batches pair a passage with the beginning of its document,
+ONE_SOURCE = 0.8  # and of the others so many come from one source: harder to tell apart
+PASSAGE = (6, 40)  # tokens
+
+Bag = np.ndarray
+"""Token ids of a text."""
 
 
-def _token_ids(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[np.ndarray]:
-    encoded = tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-    return [np.asarray(e.ids[:MAX_TOKENS] or [tokenizer.eos_token_id], dtype=np.int64) for e in encoded]
+def tokens_of(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], limit: int = MAX_TOKENS) -> list[Bag]:
+    """Token ids of each text, at most `limit`; of an empty text `</s>`."""
+    bags: list[Bag] = []
+    for start in range(0, len(texts), CHUNK):
+        cut = [text[: 8 * limit] for text in texts[start : start + CHUNK]]
+        encoded = tokenizer.backend_tokenizer.encode_batch_fast(cut, add_special_tokens=False)
+        bags += [np.asarray(e.ids[:limit] or [tokenizer.eos_token_id], dtype=np.int64) for e in encoded]
+    return bags
+
+
+def weights(tokens: int) -> np.ndarray:
+    """What the tokens of a text weigh by their positions: float32 [tokens], 1 at the beginning."""
+    share = REACH / (REACH + np.arange(tokens))
+    return np.exp(AHEAD * (share - 1)).astype(np.float32)
+
+
+def embed(table: nn.EmbeddingBag, bags: Sequence[Bag]) -> Tensor:
+    """Unit vectors of texts, [n, dimension]."""
+    offsets = np.cumsum([0] + [len(bag) for bag in bags[:-1]])
+    weighed = np.concatenate([weights(len(bag)) for bag in bags])
+    return nn.functional.normalize(
+        table(torch.from_numpy(np.concatenate(bags)), torch.from_numpy(offsets), torch.from_numpy(weighed)),
+        dim=-1,
+    )
+
+
+def batches(
+    sources: Mapping[str, Sequence[AlignmentRow]],
+    documents: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    size: int,
+    seed: int,
+) -> Iterator[list[tuple[Bag, Bag]]]:
+    """Endless batches of (query, positive)."""
+    rng = np.random.default_rng(seed)
+    pairs: list[tuple[Bag, Bag]] = []
+    places: list[range] = []
+    for rows in sources.values():
+        places.append(range(len(pairs), len(pairs) + len(rows)))
+        queries, positives = (tokens_of(tokenizer, [getattr(r, f) for r in rows]) for f in ("query", "pos"))
+        pairs += zip(queries, positives, strict=True)
+    whole = [bag for bag in tokens_of(tokenizer, documents, 4 * MAX_TOKENS) if len(bag) >= 10 * PASSAGE[0]]
+    large = [place for place in places if len(place) >= size]
+    shares = np.array([len(place) for place in large]) / max(1, sum(len(place) for place in large))
+    while True:
+        if len(whole) >= size and rng.random() < DOCUMENTS:
+            chosen = rng.choice(len(whole), size, replace=False)
+            yield [_passage(whole[i], rng) for i in chosen]
+            continue
+        one = bool(large) and rng.random() < ONE_SOURCE
+        among = large[rng.choice(len(large), p=shares)] if one else range(len(pairs))
+        yield [pairs[among[i]] for i in rng.choice(len(among), min(size, len(among)), replace=False)]
+
+
+def _passage(document: Bag, rng: np.random.Generator) -> tuple[Bag, Bag]:
+    """A passage from beyond the first quarter, and what the document begins with, the passage not in it."""
+    length = min(len(document) // 3, int(rng.integers(*PASSAGE)))
+    start = int(rng.integers(len(document) // 4, len(document) - length + 1))
+    return document[start : start + length], document[: min(start, MAX_TOKENS)]
 
 
 def train_bag(
-    rows: list[AlignmentRow],
-    tokenizer: PreTrainedTokenizerFast,
+    stream: Iterator[list[tuple[Bag, Bag]]],
+    vocabulary: int,
     *,
     dimension: int,
     steps: int,
-    batch_size: int,
     seed: int,
     output: Path,
     temperature: float = 0.05,
     learning_rate: float = 5e-3,
 ) -> None:
-    """Train token vectors [vocabulary, dimension] on (query, positive) and save them to `output`."""
+    """Train token vectors [vocabulary, dimension] on `steps` batches and save them to `output`."""
     torch.manual_seed(seed)
-    rng = np.random.default_rng(seed)
-    queries = _token_ids(tokenizer, [row.query for row in rows])
-    positives = _token_ids(tokenizer, [row.pos for row in rows])
-    table = nn.EmbeddingBag(len(tokenizer), dimension, mode="sum")
+    table = nn.EmbeddingBag(vocabulary, dimension, mode="sum")
     nn.init.normal_(table.weight, std=dimension**-0.5)
     optimizer = torch.optim.Adam(table.parameters(), lr=learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, eta_min=learning_rate / 20)
-
-    def embed(bags: list[np.ndarray]) -> Tensor:
-        offsets = np.cumsum([0] + [len(bag) for bag in bags[:-1]])
-        return nn.functional.normalize(
-            table(torch.from_numpy(np.concatenate(bags)), torch.from_numpy(offsets)), dim=-1
-        )
-
     progress = tqdm(range(steps), desc="bag", unit="step")
     for _ in progress:
-        chosen = rng.choice(len(rows), size=batch_size, replace=False)
-        query = embed([queries[i] for i in chosen])
-        document = embed([positives[i] for i in chosen])
-        scores = query @ document.T / temperature
-        target = torch.arange(len(chosen))
+        queries, positives = zip(*next(stream), strict=True)
+        scores = embed(table, queries) @ embed(table, positives).T / temperature
+        target = torch.arange(len(scores))
         loss = (
             nn.functional.cross_entropy(scores, target) + nn.functional.cross_entropy(scores.T, target)
         ) / 2
@@ -83,66 +139,80 @@ def train_bag(
     save_file({"vectors": table.weight.detach().contiguous()}, output)
 
 
-@torch.no_grad()
-def warm_start(model: PreTrainedModel, bag: Path, *, silence_later_layers: bool) -> None:
-    """Write the bag into a Llama body: its embedding table and its first attention layer.
-
-    `silence_later_layers` zeroes what every other sublayer adds, so that training starts from the bag itself;
-    without it they keep their random start, as a language model wants.
-    """
-    vectors = load_file(bag)["vectors"]
-    hidden = model.config.hidden_size
-    rows = _table_rows(vectors, hidden)
-    model.get_input_embeddings().weight[: len(rows)] = rows
-    first = model.base_model.layers[0].self_attn
-    head_dim = hidden // model.config.num_attention_heads
-    # In the rotary embedding the last pair of a head's dimensions turns slowest: nearly still over 512 tokens.
-    still = torch.arange(model.config.num_attention_heads) * head_dim + head_dim - 1
-    first.q_proj.weight.zero_()
-    first.k_proj.weight.zero_()
-    # Both reserved dimensions arrive scaled by sqrt(hidden) * LENGTH_SCALE; scores are divided by sqrt(head_dim).
-    gain = head_dim**0.25 / (hidden**0.5 * LENGTH_SCALE)
-    first.q_proj.weight[still, hidden - 1] = gain
-    first.k_proj.weight[still, hidden - 2] = gain
-    first.v_proj.weight.copy_(torch.eye(hidden))
-    first.o_proj.weight.copy_(torch.eye(hidden) * (1.0 if silence_later_layers else hidden**-0.5))
-    if silence_later_layers:
-        for index, layer in enumerate(model.base_model.layers):
-            layer.mlp.down_proj.weight.zero_()
-            if index > 0:
-                layer.self_attn.o_proj.weight.zero_()
-
-
-@torch.no_grad()
-def quieten(encoder: AutoRegEncoder, *, log_length: float = -4.0, scale: float = 0.3) -> None:
-    """Keep what is the same in every prompt out of the warm-started encoder's vectors.
-
-    Nobody attends to `<s>` and `<EMBEDi>`, whose own vectors stay small; the instructions' words are attended to
-    like the text's, so the first layer's output loses the two directions in which they point.
-    """
-    body = encoder.trainable()
-    table = body.get_input_embeddings().weight
-    names = [encoder.tokenizer.bos_token, *embed_tokens(encoder.num_compressed_tokens)]
-    rows = encoder.tokenizer.convert_tokens_to_ids(names)
-    table[rows] *= scale
-    table[rows, -2] = LENGTH_SCALE * log_length
-    table[rows, -1] = LENGTH_SCALE
-    directions = []
-    for instruction in (encoder.config.query_instruction, encoder.config.document_instruction):
-        vectors = table[encoder.prompts.build([""], instruction).ids[0]]
-        lengths = (vectors[:, -2:-1] / LENGTH_SCALE).exp()
-        directions.append((lengths * vectors).sum(dim=0))
-    basis, _ = torch.linalg.qr(torch.stack(directions, dim=1))
-    first = body.base_model.layers[0].self_attn.o_proj.weight
-    first.sub_(basis @ (basis.T @ first))
-
-
-def _table_rows(vectors: Tensor, hidden: int) -> Tensor:
-    """[vocabulary, hidden]: unit direction, scaled log-length, scaled constant."""
+def table_rows(vectors: Tensor) -> Tensor:
+    """[vocabulary, dimension] -> [vocabulary, dimension + 2]: unit direction, scaled log-length, scaled constant."""
     length = vectors.norm(dim=-1, keepdim=True).clamp_min(1e-6)
     log_length = (length / length.median()).log().clamp(-4, 4)
-    constant = torch.ones_like(length)
-    rows = torch.cat([vectors / length, LENGTH_SCALE * log_length, LENGTH_SCALE * constant], dim=-1)
-    if rows.shape[-1] != hidden:
-        raise ValueError(f"a bag of {vectors.shape[-1]} dimensions does not fit a hidden size of {hidden}")
-    return rows
+    return torch.cat([vectors / length, SCALE * log_length, torch.full_like(length, SCALE)], dim=-1)
+
+
+@torch.no_grad()
+def write_bag(encoder: AutoRegEncoder, bag: Path) -> None:
+    """Make an untrained encoder compute the bag saved in `bag`.
+
+    Its hidden size is the bag's dimension and `RESERVED` more; it has two layers or more.
+    """
+    body = encoder.trainable()
+    vectors = load_file(bag)["vectors"]
+    hidden, head = body.config.hidden_size, body.config.head_dim
+    if vectors.shape[-1] + RESERVED != hidden:
+        raise ValueError(
+            f"a bag of {vectors.shape[-1]} dimensions does not fit a hidden size of {hidden}: "
+            f"it needs {hidden - RESERVED}"
+        )
+    start, others, compressed = _silent_tokens(encoder)
+    # Random directions: of so many dimensions they are nearly at right angles to all others.
+    drawn = torch.randn(2 + len(compressed), hidden - RESERVED, generator=torch.Generator().manual_seed(0))
+    at_start, common, *own = nn.functional.normalize(drawn, dim=-1)
+    table = body.get_input_embeddings().weight
+    table[: len(vectors)] = table_rows(vectors)
+    table[start, :-RESERVED] = at_start
+    table[compressed, :-RESERVED] = torch.stack([(common + direction) / 2**0.5 for direction in own])
+    table[compressed, -1] = 0
+    table[[start, *others, *compressed], -2] = SCALE * SILENT
+    table[compressed] *= 0.1  # their own vectors would be common to all texts
+    for layer in body.layers:
+        layer.self_attn.o_proj.weight.zero_()
+        layer.mlp.down_proj.weight.zero_()
+    _look_at_start(body.layers[0].self_attn, at_start, head)
+    _gather(body.layers[-1].self_attn, common, head)
+
+
+def _silent_tokens(encoder: AutoRegEncoder) -> tuple[int, list[int], list[int]]:
+    """`<s>`, the tokens of both instructions and the breaks around them, and the compressed tokens."""
+    tokenizer = encoder.tokenizer
+    compressed = tokenizer.convert_tokens_to_ids(embed_tokens(encoder.num_compressed_tokens))
+    prompts = [
+        encoder.prompts.build([""], instruction).ids[0]
+        for instruction in (encoder.config.query_instruction, encoder.config.document_instruction)
+    ]
+    start = tokenizer.bos_token_id
+    return start, sorted({*prompts[0], *prompts[1]} - {start, *compressed}), compressed
+
+
+def _look_at_start(attention: nn.Module, start: Tensor, head: int) -> None:
+    """One head's share of `<s>`, times AHEAD, onto the log-length of every token that has the constant."""
+    root = attention.q_proj.in_features**0.5  # the length of what RMSNorm lets in
+    # A rotary embedding turns the last pair of a head's dimensions slowest: nearly still over 512 tokens.
+    still = head - 1
+    for projection in (attention.q_proj, attention.k_proj, attention.v_proj):
+        projection.weight[:head] = 0
+    attention.q_proj.weight[still, -1] = 1 / (root * SCALE)
+    attention.k_proj.weight[still, :-RESERVED] = start * math.log(REACH) * head**0.5 / root * SILENT_LENGTH
+    attention.v_proj.weight[0, :-RESERVED] = start / root * SILENT_LENGTH
+    attention.o_proj.weight[-2, 0] = AHEAD * SCALE
+
+
+def _gather(attention: nn.Module, common: Tensor, head: int) -> None:
+    """Who has the direction `common` attends by the log-length, and what it attends to comes out as it is."""
+    hidden = attention.q_proj.in_features
+    root = hidden**0.5
+    still = torch.arange(hidden // head) * head + head - 1
+    attention.q_proj.weight.zero_()
+    attention.k_proj.weight.zero_()
+    attention.q_proj.weight[still, :-RESERVED] = common * 2**0.5 / root * SILENT_LENGTH
+    attention.k_proj.weight[still, -2] = head**0.5 / (root * SCALE)
+    directions = torch.eye(hidden)
+    directions[-RESERVED:] = 0
+    attention.v_proj.weight.copy_(directions)
+    attention.o_proj.weight.copy_(torch.eye(hidden))

@@ -6,6 +6,7 @@ import random
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from autoregembed_rag.training.data import AlignmentRow, CompressionRow
 from autoregembed_rag.training.sources import read_jsonl
@@ -30,7 +31,7 @@ def documents_up_to(folder: Path, characters: int) -> Iterator[str]:
             return
 
 
-def _sample(path: Path, seed: int) -> list[dict[str, object]]:
+def _sample(path: Path, seed: int) -> list[dict[str, Any]]:
     rows = list(read_jsonl(path))
     random.Random(seed).shuffle(rows)
     taken: dict[object, int] = {}
@@ -42,12 +43,27 @@ def _sample(path: Path, seed: int) -> list[dict[str, object]]:
     return kept
 
 
+def _pairs(folder: Path, seed: int) -> Iterator[dict[str, Any]]:
+    sample = _sample(next(folder.glob("pairs.jsonl*")), seed)
+    # Some definitions say no more than the word itself, some negatives no other than the positive.
+    return (row for row in sample if row["pos"].strip() not in _others(row))
+
+
+def _others(row: dict[str, Any]) -> set[str]:
+    return {text.strip() for text in (row["query"], *row.get("neg", ()))}
+
+
 def pairs(folder: Path, seed: int, limit: int | None = None) -> list[AlignmentRow]:
     """(query, positive, negatives) in random order, no source above its share."""
-    sample = _sample(next(folder.glob("pairs.jsonl*")), seed)
-    # Some definitions say no more than the word itself.
-    rows = (row for row in sample if str(row["query"]).strip() != str(row["pos"]).strip())
-    return [AlignmentRow.parse(row) for row in islice(rows, limit)]
+    return [AlignmentRow.parse(row) for row in islice(_pairs(folder, seed), limit)]
+
+
+def pairs_by_source(folder: Path, seed: int) -> dict[str, list[AlignmentRow]]:
+    """The same rows, all of them, by where they come from."""
+    sources: dict[str, list[AlignmentRow]] = {}
+    for row in _pairs(folder, seed):
+        sources.setdefault(str(row["source"]), []).append(AlignmentRow.parse(row))
+    return sources
 
 
 def compression_rows(folder: Path, seed: int, limit: int | None = None) -> list[CompressionRow]:

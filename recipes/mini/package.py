@@ -19,18 +19,20 @@ MAX_BYTES = 32_000_000
 STAGES = (
     "tokenizer",
     "bag.safetensors",
+    "start",
+    "reading.safetensors",
     "packed.npy",
     "base",
-    "start",
     "compressed",
     "aligned",
     "contrasted",
+    "blended",
 )
 
 
 def package(work: Path, size: Size, seed: int, output: Path) -> None:
     """Write encoder, decoder and card into `output`; ValueError if the weights outgrow the package."""
-    encoder = AutoRegEncoder.from_pretrained(work / "contrasted", device="cpu", dtype="bfloat16")
+    encoder = AutoRegEncoder.from_pretrained(work / "blended", device="cpu", dtype="bfloat16")
     encoder.save_pretrained(output)
     decoder = AutoModelForCausalLM.from_pretrained(work / "base", dtype=torch.bfloat16)
     decoder.save_pretrained(output / "decoder")
@@ -46,7 +48,7 @@ def package(work: Path, size: Size, seed: int, output: Path) -> None:
 
 
 def model_card(work: Path, size: Size, seed: int, output: Path) -> str:
-    """What the checkpoint is, what it saw and what it cannot do; scores are added by `recipes.mini.scores`."""
+    """What the checkpoint is, what it saw and what it cannot do."""
     encoder = AutoRegEncoder.from_pretrained(output, device="cpu")
     decoder = AutoConfig.from_pretrained(output / "decoder")
     parameters = sum(p.numel() for p in encoder.model.parameters())
@@ -64,11 +66,15 @@ def model_card(work: Path, size: Size, seed: int, output: Path) -> str:
         max_length=encoder.config.max_length,
         query_instruction=encoder.config.query_instruction,
         document_instruction=encoder.config.document_instruction,
-        perplexity=decoder.held_out_perplexity,
+        text_perplexity=decoder.held_out_perplexity["text"],
+        own_perplexity=decoder.held_out_perplexity["own_vectors"],
+        others_perplexity=decoder.held_out_perplexity["others_vectors"],
         pretrain_tokens=f"{size.pretrain_tokens:,}",
+        reading_rows=f"{size.reading_rows:,}",
+        bag_pairs=f"{size.bag_steps * size.bag_batch:,}",
         compress_rows=f"{size.compress_rows:,}",
         align_rows=f"{size.align_rows:,}",
-        contrast_pairs=f"{size.contrast_steps * size.contrast_batch:,}",
+        contrast_rows=f"{size.contrast_rows:,}",
         seed=seed,
         minutes=minutes,
         shape=shape,
@@ -101,17 +107,19 @@ encoder = AutoRegEncoder.from_pretrained("mini")
 
 | stage | objective | data |
 |---|---|---|
-| token embeddings | in-batch softmax over bags of tokens | (query, positive) pairs |
-| decoder (base LM) | next token; starts from those embeddings | {pretrain_tokens} tokens |
-| encoder, start | none: the bag written into the first layer, other layers silent | |
+| token embeddings | in-batch softmax over bags of tokens | {bag_pairs} pairs, a third passages and their documents |
+| encoder, start | none: a Llama that computes that bag exactly | |
+| decoder (base LM) | next token, of text and from the start's vectors | {pretrain_tokens} tokens, {reading_rows} rows |
 | encoder, 1 | information compression, L_IC | {compress_rows} rows |
 | encoder, 2 | conditional distribution alignment, L_CDA | {align_rows} rows |
-| encoder, 3 | in-batch softmax over flattened vectors (not in the paper) | {contrast_pairs} pairs |
+| encoder, 3 | in-batch softmax over flattened vectors (not in the paper) | {contrast_rows} pairs |
+| encoder | average of the weights before 1 and after 3 | |
 
-The encoder is not grown from the base LM, as in the paper, but from the bag of tokens; the scores below show the
-bag alone ("start") beside the trained encoder: on these dev sets the later stages cost more than they bring. So
-little language modelling (held-out perplexity {perplexity} per token) makes a decoder that scores texts, but does not
-write sensible ones from the vectors.
+The decoder starts from the same token embeddings. The encoder is not grown from the base LM, as in the paper, but from
+the bag of tokens: on so little text that is worth more, see recipes/mini/LOG.md. The decoder is a small language model:
+per token of held-out text its perplexity is {text_perplexity}; of texts to be written from their own vectors it is
+{own_perplexity}, and {others_perplexity} from another text's. What it writes from a vector names the subject; it is no
+copy of the text.
 
 Text: the recipe's corpus of public-domain books, arXiv abstracts, open textbooks, technical and government
 documentation, medical question-answer pairs, WordNet glosses and public task data, English only; sentences of the

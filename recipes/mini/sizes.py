@@ -15,16 +15,19 @@ class Size:
     num_heads: int
     intermediate_size: int
     tokenizer_characters: int
+    bag_characters: int
     bag_steps: int
     bag_batch: int
     pretrain_tokens: int
     pretrain_batch: int
     pretrain_length: int
+    reading_rows: int
     compress_rows: int
     align_rows: int
-    contrast_steps: int
+    contrast_rows: int
     contrast_batch: int
     save_steps: int
+    reading_length: int = 64
     max_length: int = 512
     num_compressed_tokens: int = 5
 
@@ -38,33 +41,37 @@ SIZES = {
         num_heads=2,
         intermediate_size=64,
         tokenizer_characters=200_000,
+        bag_characters=2_000_000,
         bag_steps=20,
         bag_batch=64,
         pretrain_tokens=20_000,
         pretrain_batch=4,
         pretrain_length=128,
+        reading_rows=400,
         compress_rows=64,
         align_rows=64,
-        contrast_steps=4,
+        contrast_rows=64,
         contrast_batch=16,
         save_steps=4,
     ),
     # About an hour and a half on two cores with bfloat16 instructions: the size that ships.
     "cpu": Size(
         vocab_size=16_000,
-        hidden_size=256,
-        num_layers=4,
-        num_heads=4,
-        intermediate_size=704,
+        hidden_size=320,
+        num_layers=2,
+        num_heads=5,
+        intermediate_size=864,
         tokenizer_characters=60_000_000,
-        bag_steps=900,
+        bag_characters=470_000_000,
+        bag_steps=2_500,
         bag_batch=1024,
-        pretrain_tokens=4_500_000,
+        pretrain_tokens=3_500_000,
         pretrain_batch=8,
         pretrain_length=512,
-        compress_rows=4_000,
-        align_rows=3_000,
-        contrast_steps=300,
+        reading_rows=20_000,
+        compress_rows=2_000,
+        align_rows=2_000,
+        contrast_rows=60_000,
         contrast_batch=256,
         save_steps=50,
     ),

@@ -1,12 +1,18 @@
-"""Byte-level BPE on lower-cased text. Lower case because a small vocabulary has better uses than case."""
+"""Byte-level BPE on lower-cased text. Lower case because a small vocabulary has better uses than case.
+
+The default instructions are a token each: every prompt is ten tokens shorter, and what an instruction says cannot be
+mistaken for the text.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+
+from autoregembed_rag.config import DOCUMENT_INSTRUCTION, QUERY_INSTRUCTION
 
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 
@@ -31,5 +37,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int, outp
         eos_token=EOS,
         pad_token=PAD,
         model_max_length=max_length,
+    )
+    fast.add_tokens(
+        [AddedToken(text, normalized=False) for text in (QUERY_INSTRUCTION, DOCUMENT_INSTRUCTION)]
     )
     fast.save_pretrained(output)

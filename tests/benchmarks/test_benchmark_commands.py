@@ -15,7 +15,7 @@ pytest.importorskip("langchain_core")
 pytest.importorskip("matplotlib")
 
 from benchmarks import demo, retrieval, sts
-from benchmarks.models import MeanPooledModel, load_encoders
+from benchmarks.models import BaseModel, SentenceTransformerModel, load_candidates
 from benchmarks.pydoc import standard_library_documents
 
 WORDS = [
@@ -77,12 +77,12 @@ def test_retrieval_reports_model_base_and_bm25_and_writes_json_and_png(
         12,
         12,
     )
-    model, base, bm25 = record["results"]
-    assert (model["details"]["dimension"], base["details"]["dimension"]) == (160, 32)
+    model, base, last, bm25 = record["results"]
+    assert [entry["details"]["dimension"] for entry in (model, base, last)] == [160, 32, 32]
     assert len(model["details"]["fingerprint"]) >= 8
     assert bm25["measures"] == {"nDCG@10": 1, "Recall@100": 1, "MRR@10": 1}
     # A dense index returns all 12 documents, so Recall@100 is 1 whatever the model is worth.
-    assert model["measures"]["Recall@100"] == base["measures"]["Recall@100"] == 1
+    assert all(entry["measures"]["Recall@100"] == 1 for entry in (model, base, last))
     assert all(
         entry[key] > 0 for entry in record["results"] for key in ("documents_per_second", "ms_per_query")
     )
@@ -130,7 +130,8 @@ def test_wrong_arguments_exit_2_with_one_kind_line(beir_folder, arguments, messa
     assert result.stderr.count("error:") == 1
 
 
-def test_the_base_embedding_is_the_mean_of_the_real_tokens_states(tiny_base):
+@pytest.mark.parametrize("average", ["mean", "last"])
+def test_the_base_embedding_is_the_mean_of_the_real_tokens_states_or_the_last(tiny_base, average):
     import torch
     from transformers import AutoModel, AutoTokenizer
 
@@ -140,10 +141,66 @@ def test_the_base_embedding_is_the_mean_of_the_real_tokens_states(tiny_base):
     for text in texts:
         ids = [tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False)["input_ids"]]
         with torch.no_grad():
-            mean = model(torch.tensor([ids])).last_hidden_state[0].mean(0).double().numpy()
-        expected.append(mean / np.linalg.norm(mean))
-    vectors = MeanPooledModel(str(tiny_base), dtype="float32").encode_documents(texts, batch_size=2)
+            states = model(torch.tensor([ids])).last_hidden_state[0].double().numpy()
+        pooled = states.mean(0) if average == "mean" else states[-1]
+        expected.append(pooled / np.linalg.norm(pooled))
+    vectors = BaseModel(str(tiny_base), average, dtype="float32").encode_documents(texts, batch_size=2)
     np.testing.assert_allclose(vectors, expected, atol=1e-5)
+
+
+def test_a_comparison_holds_every_use_of_a_checkpoint_with_the_same_weights(tiny_checkpoint):
+    full, hybrid, *others = load_candidates([str(tiny_checkpoint)], None, compare=True)
+    assert hybrid.name == f"{full.name}, hybrid"
+    assert hybrid.encoder is full.encoder
+    assert [candidate.use for candidate in others] == [
+        "4 of 5 tokens",
+        "3 of 5 tokens",
+        "2 of 5 tokens",
+        "1 of 5 tokens",
+        "mean pooling",
+    ]
+    texts = ["A fox near the river.", "Water."]
+    whole = full.encoder.encode_documents(texts).reshape(2, 5, -1)
+    for candidate in others[:-1]:
+        kept = whole[:, : int(candidate.use[0])].reshape(2, -1)
+        expected = kept / np.linalg.norm(kept, axis=1, keepdims=True)
+        np.testing.assert_allclose(candidate.encoder.encode_documents(texts), expected, atol=2e-2)
+    assert others[-1].encoder.dimension == full.encoder.hidden_size
+    assert len({candidate.parameters for candidate in (full, *others)}) == 1
+
+
+def test_the_hybrid_system_finds_by_words_what_the_vectors_do_not(beir_folder, tiny_checkpoint, tmp_path):
+    arguments = ("--data-dir", beir_folder, "--model", tiny_checkpoint, "--out", tmp_path, "--compare")
+    result = run(retrieval.app, *arguments)
+    assert result.exit_code == 0, result.output
+    record = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    scores = {entry["system"]: entry["measures"]["nDCG@10"] for entry in record["results"]}
+    name = next(iter(scores))
+    assert scores[f"{name}, hybrid"] > scores[name]
+
+
+def test_a_sentence_transformers_folder_is_embedded_as_its_library_does(tiny_base, tmp_path):
+    library = pytest.importorskip("sentence_transformers")
+    from sentence_transformers.models import Pooling, Transformer
+
+    words = Transformer(str(tiny_base))
+    words.tokenizer.pad_token = words.tokenizer.eos_token
+    folder = tmp_path / "outside"
+    library.SentenceTransformer(
+        modules=[words, Pooling(words.get_word_embedding_dimension())],
+        prompts={"query": "find: ", "document": ""},
+        device="cpu",
+    ).save(str(folder))
+    [candidate] = load_candidates([str(folder)], None)
+    model, texts = library.SentenceTransformer(str(folder)), ["A fox.", "Water near the bank."]
+    assert isinstance(candidate.encoder, SentenceTransformerModel)
+    for encode, prompt in (
+        (candidate.encoder.encode_queries, "find: "),
+        (candidate.encoder.encode_documents, ""),
+    ):
+        expected = model.encode([prompt + text for text in texts], normalize_embeddings=True)
+        np.testing.assert_allclose(encode(texts), expected, atol=1e-3)
+    assert candidate.encoder.dimension == 32
 
 
 def test_two_models_whose_folders_share_a_name_stay_two(tiny_checkpoint, tmp_path):
@@ -151,13 +208,13 @@ def test_two_models_whose_folders_share_a_name_stay_two(tiny_checkpoint, tmp_pat
     for run_name in ("one", "two"):
         shutil.copytree(tiny_checkpoint, tmp_path / run_name / "final")
         names.append(str(tmp_path / run_name / "final"))
-    assert list(load_encoders(names, None)) == names
-    assert list(load_encoders(names[:1], None)) == ["final"]
+    assert [candidate.name for candidate in load_candidates(names, None)] == names
+    assert [candidate.name for candidate in load_candidates(names[:1], None)] == ["final"]
 
 
 def test_a_checkpoint_stands_for_its_own_base_model(tiny_checkpoint, tiny_base):
-    own = MeanPooledModel(str(tiny_checkpoint))
-    assert own.fingerprint == MeanPooledModel(str(tiny_base)).fingerprint
+    own = BaseModel(str(tiny_checkpoint), "mean")
+    assert own.fingerprint == BaseModel(str(tiny_base), "mean").fingerprint
 
 
 def test_the_demo_answers_each_question_with_three_objects_and_their_summaries(tiny_checkpoint):
@@ -172,25 +229,30 @@ def test_the_demo_answers_each_question_with_three_objects_and_their_summaries(t
     )
 
 
-def test_sts_reports_the_rank_correlation_and_writes_it(tiny_checkpoint, tmp_path):
-    file = tmp_path / "set" / "dev.tsv"
-    file.parent.mkdir()
+def test_sts_reports_the_rank_correlation_of_every_file_and_writes_it(tiny_checkpoint, tmp_path):
     rows = [
         ("5.0", "A fox.", "A fox."),
         ("2.5", "A fox runs.", "A dog runs far."),
         ("0", "Water.", "Lemons are yellow"),
     ]
-    text = "score\tsentence1\tsentence2\n" + "".join("\t".join(row) + "\n" for row in rows)
-    file.write_text(text, encoding="utf-8")
+    files = []
+    for name, header in (("one", "score\tsentence1\tsentence2\n"), ("two", "")):
+        files.append(tmp_path / name / "dev.tsv")
+        files[-1].parent.mkdir()
+        text = header + "".join("\t".join(row) + "\n" for row in rows)
+        files[-1].write_text(text, encoding="utf-8")
     result = run(
-        sts.app, file, "--model", tiny_checkpoint, "--base", tiny_checkpoint, "--out", tmp_path / "out"
+        sts.app, *files, "--model", tiny_checkpoint, "--base", tiny_checkpoint, "--out", tmp_path / "out"
     )
     assert result.exit_code == 0, result.output
-    record = json.loads((tmp_path / "out" / "set-dev" / "results.json").read_text(encoding="utf-8"))
-    assert record["pairs"] == 3
-    assert len(record["results"]) == 2
-    # Equal sentences have cosine 1, the highest score: whatever the model, the first rank is right.
-    assert {round(entry["spearman"]) for entry in record["results"]} <= {50, 100}
+    record = json.loads((tmp_path / "out" / "results.json").read_text(encoding="utf-8"))
+    assert record["sets"] == {"one dev": 3, "two dev": 3}
+    assert len(record["results"]) == 3
+    for entry in record["results"]:
+        # Equal sentences have cosine 1, the highest score: whatever the model, the first rank is right.
+        assert round(entry["spearman"]["one dev"]) in {50, 100}
+        assert entry["spearman"]["one dev"] == entry["spearman"]["two dev"]
+    assert (tmp_path / "out" / "results.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_sts_correlates_the_cosines_of_the_pairs_in_their_order():
@@ -201,12 +263,45 @@ def test_sts_correlates_the_cosines_of_the_pairs_in_their_order():
             radians = np.radians([float(text) for text in texts])
             return np.stack([np.cos(radians), np.sin(radians)], axis=1).astype(np.float32)
 
-    scores = np.array([5.0, 3.0, 4.0, 1.0])
-    zeros = ["0"] * 4
-    assert sts.evaluate_pairs(Angles(), scores, zeros, ["5", "60", "30", "90"]) == pytest.approx(100)
-    assert sts.evaluate_pairs(Angles(), scores, zeros, ["90", "30", "60", "5"]) == pytest.approx(-100)
+    def correlation(*second):
+        scores = np.array([5.0, 3.0, 4.0, 1.0])
+        return sts.evaluate_pairs(Angles(), sts.Pairs("angles", scores, ["0"] * 4, list(second)))
+
+    assert correlation("5", "60", "30", "90") == pytest.approx(100)
+    assert correlation("90", "30", "60", "5") == pytest.approx(-100)
     # Ranks 4, 2, 3, 1 against 3, 2, 4, 1: 1 - 6 * (1 + 0 + 1 + 0) / (4 * 15).
-    assert sts.evaluate_pairs(Angles(), scores, zeros, ["30", "60", "5", "90"]) == pytest.approx(80)
+    assert correlation("30", "60", "5", "90") == pytest.approx(80)
+
+
+def test_sts_reads_the_papers_sets_from_the_hub(tiny_checkpoint, tmp_path, monkeypatch):
+    """The hub cannot be reached in tests, so `datasets` is played: what is asked of it, and what comes of its rows."""
+    datasets = pytest.importorskip("datasets")
+    asked = []
+
+    def load_dataset(path, configuration, *, split):
+        asked.append((path, configuration, split))
+        return [
+            {"sentence1": "a fox", "sentence2": "a fox", "score": 5},
+            {"sentence1": "a fox", "sentence2": "water", "score": 1},
+        ]
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    result = run(sts.app, "--hub", "all", "--model", tiny_checkpoint, "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert len(asked) == 10
+    assert ("mteb/sts17-crosslingual-sts", "en-en", "test") in asked
+    record = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    assert set(record["sets"]) == set(sts.HUB)
+    assert all(value == pytest.approx(100) for value in record["results"][0]["spearman"].values())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"), [((), "nothing to measure"), (("--hub", "sts99"), "no set of the paper")]
+)
+def test_sts_says_what_it_can_measure(arguments, message):
+    result = run(sts.app, *arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
 
 
 def test_sts_names_the_line_that_is_not_a_pair(tmp_path):
