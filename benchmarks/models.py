@@ -37,10 +37,10 @@ Bases = Annotated[
         show_default=False,
     ),
 ]
-Compare = Annotated[
-    bool,
+Compares = Annotated[
+    list[str] | None,
     typer.Option(
-        "--compare", help="Add every way to use a checkpoint: other pooling, fewer tokens, hybrid search."
+        help="Add a checkpoint in every use: hybrid search, fewer tokens, other pooling.", show_default=False
     ),
 ]
 Average = Literal["mean", "last"]
@@ -90,25 +90,29 @@ class Candidate:
 def load_candidates(
     models: list[str] | None,
     bases: list[str] | None,
-    *,
-    compare: bool = False,
+    compares: list[str] | None = None,
     **settings: Any,  # noqa: ANN401
 ) -> list[Candidate]:
-    """The rows of a report, without names that occur twice; `settings` go to `AutoRegEncoder.from_pretrained`.
+    """The rows of a report; `settings` go to `AutoRegEncoder.from_pretrained`.
 
     FileNotFoundError and ValueError, as the loaders raise them, say what is wrong with a name or a setting.
     """
+    bases, compares = bases or [], compares or []
     found: list[Candidate] = []
-    for model, label in _labels(models or ["mini"]):
+    for model, label in _labels([*compares, *(models or ([] if compares else ["mini"]))]):
         if Path(model, "modules.json").is_file():
+            if model in compares:
+                raise ValueError(
+                    f"{model} is a sentence-transformers model, which has one use: give it as --model"
+                )
             outside = SentenceTransformerModel(model)
             found.append(Candidate(label, outside, outside.parameters))
             continue
         encoder = AutoRegEncoder.from_pretrained(model, **settings)
         found.append(Candidate(label, encoder, _parameters(encoder.model)))
-        if compare:
+        if model in compares:
             found += _other_uses(found[-1], encoder)
-    for base, label in _labels(bases or []):
+    for base, label in _labels(bases):
         for average in ("mean", "last"):
             lm = BaseModel(base, average)
             found.append(Candidate(f"{label}: base LM", lm, lm.parameters, average))

@@ -24,7 +24,7 @@ import typer
 try:
     from autoregembed_rag.cli_index import human_bytes
     from benchmarks.beir import BenchmarkDataError, RetrievalSet, limit_documents, load_folder, load_hub
-    from benchmarks.models import Bases, Compare, Models, load_candidates
+    from benchmarks.models import Bases, Compares, Models, load_candidates
     from benchmarks.pydoc import load_pydoc
     from benchmarks.report import bar_chart, environment, print_table, write_json
     from benchmarks.scoring import DEPTH, MEASURES, score_run
@@ -88,7 +88,7 @@ def _seconds(work: Callable[[], object]) -> float:
 def main(
     model: Models = None,
     base: Bases = None,
-    compare: Compare = False,
+    compare: Compares = None,
     data_dir: Annotated[Path | None, typer.Option(help="A folder in BEIR's format.")] = None,
     dataset: Annotated[
         str | None, typer.Option(help="A BEIR set on the hub: nfcorpus, scifact, msmarco, ...")
@@ -116,7 +116,7 @@ def main(
         data = load_data(data_dir, dataset, split)
         data = data if limit is None else limit_documents(data, limit)
         candidates = load_candidates(
-            model, base, compare=compare, pooling=pooling and pooling.value, num_tokens=num_tokens
+            model, base, compare, pooling=pooling and pooling.value, num_tokens=num_tokens
         )
     except (BenchmarkDataError, FileNotFoundError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)

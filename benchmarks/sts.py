@@ -14,7 +14,7 @@ import numpy as np
 import typer
 
 from benchmarks.beir import BenchmarkDataError
-from benchmarks.models import HYBRID, Bases, Compare, Encoder, Models, load_candidates
+from benchmarks.models import HYBRID, Bases, Compares, Encoder, Models, load_candidates
 from benchmarks.report import bar_chart, environment, print_table, write_json
 from benchmarks.scoring import spearman
 
@@ -109,7 +109,7 @@ def main(
     ] = None,
     model: Models = None,
     base: Bases = None,
-    compare: Compare = False,
+    compare: Compares = None,
     out: Annotated[Path, typer.Option(help="Where results.json and results.png go.")] = Path("results/sts"),
 ) -> None:
     """Measure semantic similarity on files of sentence pairs, and on the paper's sets."""
@@ -120,7 +120,7 @@ def main(
             raise BenchmarkDataError(
                 "nothing to measure: give a TSV of score, sentence1, sentence2, or --hub all"
             )
-        candidates = load_candidates(model, base, compare=compare)
+        candidates = load_candidates(model, base, compare)
     except (BenchmarkDataError, FileNotFoundError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(2) from None

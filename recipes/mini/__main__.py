@@ -20,10 +20,8 @@ from autoregembed_rag import AutoRegEncoder, FrozenDecoder
 from autoregembed_rag.config import AutoRegConfig
 from autoregembed_rag.loading import add_embed_tokens
 from autoregembed_rag.training.alignment import train_alignment
-from autoregembed_rag.training.arguments import AlignmentArguments, CompressionArguments, ContrastArguments
+from autoregembed_rag.training.arguments import AlignmentArguments, CompressionArguments
 from autoregembed_rag.training.compression import train_compression
-from autoregembed_rag.training.contrast import train_contrast
-from autoregembed_rag.weights import blend_weights
 
 from . import bag, base_lm, data
 from .base_lm import llama
@@ -32,8 +30,6 @@ from .sizes import SIZES, Size
 from .tokenizer import train_tokenizer
 
 logger = logging.getLogger("recipes.mini")
-
-BLEND = 0.5  # of the trained weights in the result, the rest are the start's
 
 
 def main(
@@ -44,6 +40,9 @@ def main(
         "build/mini/package"
     ),
     seed: Annotated[int, typer.Option(help="Of every stage.")] = 0,
+    until: Annotated[
+        str | None, typer.Option(help="Stop after this stage, without a package.", show_default=False)
+    ] = None,
 ) -> None:
     """Train `mini` from scratch.
 
@@ -52,9 +51,13 @@ def main(
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
     work.mkdir(parents=True, exist_ok=True)
     recipe = Recipe(corpus, work, SIZES[size], seed)
+    if until is not None and until not in recipe.stages():
+        raise typer.BadParameter(f"{until!r} is no stage; the stages are {', '.join(recipe.stages())}")
     for name, stage in recipe.stages().items():
         recipe.run(name, stage)
-    package(work, recipe.size, seed, output)
+        if name == until:
+            return
+    package(work, list(recipe.stages()), recipe.size, seed, output)
     logger.info("packaged into %s", output)
 
 
@@ -78,8 +81,6 @@ class Recipe:
             "base": self.base,
             "compressed": self.compress,
             "aligned": self.align,
-            "contrasted": self.contrast,
-            "blended": self.blend,
         }
 
     def run(self, name: str, stage: Callable[[Path], object]) -> None:
@@ -123,7 +124,8 @@ class Recipe:
         config = AutoRegConfig(
             num_compressed_tokens=self.size.num_compressed_tokens, max_length=self.size.max_length
         )
-        encoder = AutoRegEncoder(LlamaModel(llama(tokenizer, self.size)), tokenizer, config)
+        shape = llama(tokenizer, self.size, self.size.encoder_intermediate_size)
+        encoder = AutoRegEncoder(LlamaModel(shape), tokenizer, config)
         bag.write_bag(encoder, self.work / "bag.safetensors")
         encoder.save_pretrained(output)
 
@@ -160,25 +162,6 @@ class Recipe:
             output,
             AlignmentArguments(epochs=1, seed=self.seed, save_steps=self.size.save_steps),
         )
-
-    def contrast(self, output: Path) -> None:
-        train_contrast(
-            self._encoder("aligned"),
-            data.pairs(self.corpus, self.seed, self.size.contrast_rows),
-            output,
-            ContrastArguments(
-                epochs=1,
-                learning_rate=1e-4,
-                batch_size=self.size.contrast_batch,
-                seed=self.seed,
-                save_steps=self.size.save_steps,
-            ),
-        )
-
-    def blend(self, output: Path) -> None:
-        trained = self._encoder("contrasted")
-        blend_weights(trained.model, self._encoder("start").model.state_dict(), BLEND)
-        trained.save_pretrained(output)
 
     def _tokenizer(self) -> AutoTokenizer:
         return AutoTokenizer.from_pretrained(self.work / "tokenizer")

@@ -37,15 +37,15 @@ Item = tuple[Tensor, Tensor, list[list[int]]]
 """A window of ids; and what belongs to it: compressed vectors [n, k, hidden], the ids of n targets."""
 
 
-def llama(tokenizer: PreTrainedTokenizerBase, size: Size) -> LlamaConfig:
-    """The shape of encoder and decoder."""
+def llama(tokenizer: PreTrainedTokenizerBase, size: Size, intermediate_size: int) -> LlamaConfig:
+    """The shape of encoder or decoder."""
     return LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=size.hidden_size,
         num_hidden_layers=size.num_layers,
         num_attention_heads=size.num_heads,
         num_key_value_heads=size.num_heads,
-        intermediate_size=size.intermediate_size,
+        intermediate_size=intermediate_size,
         max_position_embeddings=2 * size.max_length,
         tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id,
@@ -167,7 +167,7 @@ def train_base_lm(
 ) -> None:
     """Train for one pass over `text`, and save model, tokenizer and held-out perplexities to `output`."""
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(llama(tokenizer, size))
+    model = LlamaForCausalLM(llama(tokenizer, size, size.intermediate_size))
     rows = table_rows(load_file(bag)["vectors"])
     with torch.no_grad():
         model.get_input_embeddings().weight[: len(rows)] = rows

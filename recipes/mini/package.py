@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from autoregembed_rag import AutoRegEncoder
 from autoregembed_rag.config import CONFIG_NAME
@@ -16,23 +16,11 @@ from autoregembed_rag.config import CONFIG_NAME
 from .sizes import Size
 
 MAX_BYTES = 32_000_000
-STAGES = (
-    "tokenizer",
-    "bag.safetensors",
-    "start",
-    "reading.safetensors",
-    "packed.npy",
-    "base",
-    "compressed",
-    "aligned",
-    "contrasted",
-    "blended",
-)
 
 
-def package(work: Path, size: Size, seed: int, output: Path) -> None:
+def package(work: Path, stages: list[str], size: Size, seed: int, output: Path) -> None:
     """Write encoder, decoder and card into `output`; ValueError if the weights outgrow the package."""
-    encoder = AutoRegEncoder.from_pretrained(work / "blended", device="cpu", dtype="bfloat16")
+    encoder = AutoRegEncoder.from_pretrained(work / "aligned", device="cpu", dtype="bfloat16")
     encoder.save_pretrained(output)
     decoder = AutoModelForCausalLM.from_pretrained(work / "base", dtype=torch.bfloat16)
     decoder.save_pretrained(output / "decoder")
@@ -44,20 +32,20 @@ def package(work: Path, size: Size, seed: int, output: Path) -> None:
         raise ValueError(
             f"{output} holds {written:,} bytes, more than the {MAX_BYTES:,} that a package may carry"
         )
-    (output / "README.md").write_text(model_card(work, size, seed, output), encoding="utf-8")
+    (output / "README.md").write_text(model_card(work, stages, size, seed, output), encoding="utf-8")
 
 
-def model_card(work: Path, size: Size, seed: int, output: Path) -> str:
+def model_card(work: Path, stages: list[str], size: Size, seed: int, output: Path) -> str:
     """What the checkpoint is, what it saw and what it cannot do."""
     encoder = AutoRegEncoder.from_pretrained(output, device="cpu")
-    decoder = AutoConfig.from_pretrained(output / "decoder")
-    parameters = sum(p.numel() for p in encoder.model.parameters())
-    seconds = {name: int((work / f"{name}.seconds").read_text()) for name in STAGES}
+    decoder = AutoModelForCausalLM.from_pretrained(output / "decoder")
+    seconds = {name: int((work / f"{name}.seconds").read_text()) for name in stages}
     minutes = "\n".join(f"| {name.split('.')[0]} | {math.ceil(s / 60)} |" for name, s in seconds.items())
     shape = "\n".join(f"| {name} | {value:,} |" for name, value in asdict(size).items())
     return CARD.format(
         fingerprint=encoder.fingerprint,
-        parameters=f"{parameters / 1e6:.1f}",
+        parameters=_millions(encoder.model),
+        decoder_parameters=_millions(decoder),
         hidden=encoder.hidden_size,
         layers=size.num_layers,
         vocabulary=f"{size.vocab_size:,}",
@@ -66,19 +54,22 @@ def model_card(work: Path, size: Size, seed: int, output: Path) -> str:
         max_length=encoder.config.max_length,
         query_instruction=encoder.config.query_instruction,
         document_instruction=encoder.config.document_instruction,
-        text_perplexity=decoder.held_out_perplexity["text"],
-        own_perplexity=decoder.held_out_perplexity["own_vectors"],
-        others_perplexity=decoder.held_out_perplexity["others_vectors"],
+        text_perplexity=decoder.config.held_out_perplexity["text"],
+        own_perplexity=decoder.config.held_out_perplexity["own_vectors"],
+        others_perplexity=decoder.config.held_out_perplexity["others_vectors"],
         pretrain_tokens=f"{size.pretrain_tokens:,}",
         reading_rows=f"{size.reading_rows:,}",
         bag_pairs=f"{size.bag_steps * size.bag_batch:,}",
         compress_rows=f"{size.compress_rows:,}",
         align_rows=f"{size.align_rows:,}",
-        contrast_rows=f"{size.contrast_rows:,}",
         seed=seed,
         minutes=minutes,
         shape=shape,
     )
+
+
+def _millions(model: torch.nn.Module) -> str:
+    return f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}"
 
 
 CARD = """---
@@ -93,7 +84,7 @@ A small AutoRegEmbed text embedder, trained from scratch by `recipes/mini` on pu
 `AutoRegEmbeddings()` work with no download; it is no match for a model of billions of parameters.
 
 - fingerprint `{fingerprint}`; {parameters}M parameters: Llama architecture, hidden size {hidden}, {layers} layers,
-  {vocabulary} byte-level BPE tokens of lower-cased text; the decoder has the same shape;
+  {vocabulary} byte-level BPE tokens of lower-cased text; the decoder has {decoder_parameters}M;
 - k = {k} compressed tokens, {dimension} dimensions flattened, {max_length} tokens of context;
 - I_next: "{query_instruction}"; I_self: "{document_instruction}"
 
@@ -112,8 +103,6 @@ encoder = AutoRegEncoder.from_pretrained("mini")
 | decoder (base LM) | next token, of text and from the start's vectors | {pretrain_tokens} tokens, {reading_rows} rows |
 | encoder, 1 | information compression, L_IC | {compress_rows} rows |
 | encoder, 2 | conditional distribution alignment, L_CDA | {align_rows} rows |
-| encoder, 3 | in-batch softmax over flattened vectors (not in the paper) | {contrast_rows} pairs |
-| encoder | average of the weights before 1 and after 3 | |
 
 The decoder starts from the same token embeddings. The encoder is not grown from the base LM, as in the paper, but from
 the bag of tokens: on so little text that is worth more, see recipes/mini/LOG.md. The decoder is a small language model:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
 class Size:
-    """One row of the recipe. Lengths are in tokens, batches in rows."""
+    """One row of the recipe. Lengths are in tokens, batches in rows.
+
+    The feed-forward networks of the encoder are narrower than the decoder's (`intermediate_size`): its tokens have
+    learned most of what it knows, and every token of a document passes through them.
+    """
 
     vocab_size: int
     hidden_size: int
     num_layers: int
     num_heads: int
     intermediate_size: int
+    encoder_intermediate_size: int
     tokenizer_characters: int
     bag_characters: int
     bag_steps: int
@@ -24,8 +29,6 @@ class Size:
     reading_rows: int
     compress_rows: int
     align_rows: int
-    contrast_rows: int
-    contrast_batch: int
     save_steps: int
     reading_length: int = 64
     max_length: int = 512
@@ -40,6 +43,7 @@ SIZES = {
         num_layers=2,
         num_heads=2,
         intermediate_size=64,
+        encoder_intermediate_size=32,
         tokenizer_characters=200_000,
         bag_characters=2_000_000,
         bag_steps=20,
@@ -50,8 +54,6 @@ SIZES = {
         reading_rows=400,
         compress_rows=64,
         align_rows=64,
-        contrast_rows=64,
-        contrast_batch=16,
         save_steps=4,
     ),
     # About an hour and a half on two cores with bfloat16 instructions: the size that ships.
@@ -61,6 +63,7 @@ SIZES = {
         num_layers=2,
         num_heads=5,
         intermediate_size=864,
+        encoder_intermediate_size=320,
         tokenizer_characters=60_000_000,
         bag_characters=470_000_000,
         bag_steps=2_500,
@@ -71,8 +74,27 @@ SIZES = {
         reading_rows=20_000,
         compress_rows=2_000,
         align_rows=2_000,
-        contrast_rows=60_000,
-        contrast_batch=256,
         save_steps=50,
     ),
+}
+# What ten minutes of a data-centre GPU have room for, by arithmetic: nobody has run it yet.
+SIZES["gpu"] = replace(
+    SIZES["cpu"],
+    pretrain_tokens=100_000_000,
+    pretrain_batch=64,
+    reading_rows=200_000,
+    compress_rows=100_000,
+    align_rows=150_000,
+    save_steps=500,
+)
+# The same in other widths, to see what a model's size buys: `--until start`.
+SIZES |= {
+    f"cpu-{width}": replace(
+        SIZES["cpu"],
+        hidden_size=width,
+        num_heads=width // 64,
+        intermediate_size=27 * width // 10,
+        encoder_intermediate_size=width,
+    )
+    for width in (64, 128, 192)
 }

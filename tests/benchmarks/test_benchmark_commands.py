@@ -149,7 +149,7 @@ def test_the_base_embedding_is_the_mean_of_the_real_tokens_states_or_the_last(ti
 
 
 def test_a_comparison_holds_every_use_of_a_checkpoint_with_the_same_weights(tiny_checkpoint):
-    full, hybrid, *others = load_candidates([str(tiny_checkpoint)], None, compare=True)
+    full, hybrid, *others = load_candidates(None, None, [str(tiny_checkpoint)])
     assert hybrid.name == f"{full.name}, hybrid"
     assert hybrid.encoder is full.encoder
     assert [candidate.use for candidate in others] == [
@@ -170,7 +170,7 @@ def test_a_comparison_holds_every_use_of_a_checkpoint_with_the_same_weights(tiny
 
 
 def test_the_hybrid_system_finds_by_words_what_the_vectors_do_not(beir_folder, tiny_checkpoint, tmp_path):
-    arguments = ("--data-dir", beir_folder, "--model", tiny_checkpoint, "--out", tmp_path, "--compare")
+    arguments = ("--data-dir", beir_folder, "--compare", tiny_checkpoint, "--out", tmp_path)
     result = run(retrieval.app, *arguments)
     assert result.exit_code == 0, result.output
     record = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
@@ -201,6 +201,8 @@ def test_a_sentence_transformers_folder_is_embedded_as_its_library_does(tiny_bas
         expected = model.encode([prompt + text for text in texts], normalize_embeddings=True)
         np.testing.assert_allclose(encode(texts), expected, atol=1e-3)
     assert candidate.encoder.dimension == 32
+    with pytest.raises(ValueError, match="give it as --model"):
+        load_candidates(None, None, [str(folder)])
 
 
 def test_two_models_whose_folders_share_a_name_stay_two(tiny_checkpoint, tmp_path):

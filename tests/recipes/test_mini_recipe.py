@@ -92,8 +92,15 @@ def test_the_tiny_recipe_makes_a_checkpoint_that_loads_scores_and_is_not_made_tw
     assert encoder.fingerprint in card
     assert "{" not in card.replace("```", "")
 
+    # Stages can be made one by one: the start is a checkpoint of its own.
+    partial = tmp_path / "partial"
+    main(corpus=corpus, work=partial, size="tiny", output=tmp_path / "none", seed=0, until="start")
+    assert {file.stem for file in partial.glob("*.seconds")} == {"tokenizer", "bag.safetensors", "start"}
+    assert AutoRegEncoder.from_pretrained(partial / "start").encode_documents(texts).shape == vectors.shape
+    assert not (tmp_path / "none").exists()
+
     # A second run goes on where the first stopped: here after the last stage but one.
-    (work / "blended.seconds").unlink()
+    (work / "aligned.seconds").unlink()
     before = {file: file.stat().st_mtime_ns for file in work.glob("*.seconds")}
     main(corpus=corpus, work=work, size="tiny", output=output, seed=0)
     assert all(file.stat().st_mtime_ns == stamp for file, stamp in before.items())
@@ -118,7 +125,7 @@ def bag_and_encoder(tokenizer, tmp_path_factory: pytest.TempPathFactory):
     tokenizer = copy.deepcopy(tokenizer)
     add_embed_tokens(tokenizer, 5)
     size = replace(SIZES["tiny"], hidden_size=hidden, num_heads=5)
-    encoder = AutoRegEncoder(LlamaModel(llama(tokenizer, size)).eval(), tokenizer, AutoRegConfig())
+    encoder = AutoRegEncoder(LlamaModel(llama(tokenizer, size, hidden)).eval(), tokenizer, AutoRegConfig())
     bag.write_bag(encoder, file)
     return torch.nn.EmbeddingBag.from_pretrained(vectors, mode="sum"), encoder
 
