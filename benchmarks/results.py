@@ -251,6 +251,17 @@ Measured on {machines}. This page is made of JSON reports by `python -m benchmar
 
 ## How to measure it again
 
+`build/mini` is the recipe's work folder, which holds what each of its stages left; the fitted ones are `mini` on the
+documents, and for NFCorpus the training queries, of that set.
+
+```bash
+python -m recipes.mini --corpus ../shared/data/corpus --work build/mini
+python -m recipes.mini --corpus ../shared/data/corpus --work build/mini-128 --size cpu-128 --until start
+python -m recipes.mini --corpus ../shared/data/corpus --work build/mini-64 --size cpu-64 --until start
+autoregembed finetune ../shared/data/beir/cranfield --no-labels --output build/fitted-cranfield
+autoregembed finetune ../shared/data/beir/nfcorpus --minutes 25 --output build/fitted-nfcorpus
+```
+
 {commands}"""
 
 

@@ -37,7 +37,7 @@ SILENT_LENGTH = math.sqrt(1 + (SCALE * SILENT) ** 2)  # of their rows, by which 
 MAX_TOKENS = 160
 CHUNK = 4096  # texts tokenised at once
 
-DOCUMENTS = 0.45  # of all batches pair a passage with the beginning of its document,
+DOCUMENTS = 0.3  # of all batches pair a passage with the beginning of its document,
 ONE_SOURCE = 0.8  # and of the others so many come from one source: harder to tell apart
 PASSAGE = (6, 40)  # tokens
 

@@ -11,7 +11,8 @@ from typing import Any
 from autoregembed_rag.training.data import AlignmentRow, CompressionRow
 from autoregembed_rag.training.sources import read_jsonl
 
-# One source may fill at most this many rows of a sample: dictionary glosses are a third of the pairs.
+# One source may fill at most this many rows of a sample: dictionary glosses are a third of the pairs. The bag, which
+# draws its batches by source, takes them all.
 ROWS_PER_SOURCE = 30_000
 
 
@@ -31,38 +32,40 @@ def documents_up_to(folder: Path, characters: int) -> Iterator[str]:
             return
 
 
-def _sample(path: Path, seed: int) -> list[dict[str, Any]]:
+def _shuffled(path: Path, seed: int) -> list[dict[str, Any]]:
     rows = list(read_jsonl(path))
     random.Random(seed).shuffle(rows)
-    taken: dict[object, int] = {}
-    kept = []
-    for row in rows:
+    return rows
+
+
+def _sample(path: Path, seed: int) -> Iterator[dict[str, Any]]:
+    taken: dict[str, int] = {}
+    for row in _shuffled(path, seed):
         taken[row["source"]] = taken.get(row["source"], 0) + 1
         if taken[row["source"]] <= ROWS_PER_SOURCE:
-            kept.append(row)
-    return kept
+            yield row
 
 
-def _pairs(folder: Path, seed: int) -> Iterator[dict[str, Any]]:
-    sample = _sample(next(folder.glob("pairs.jsonl*")), seed)
-    # Some definitions say no more than the word itself, some negatives no other than the positive.
-    return (row for row in sample if row["pos"].strip() not in _others(row))
+def _pairs_file(folder: Path) -> Path:
+    return next(folder.glob("pairs.jsonl*"))
 
 
-def _others(row: dict[str, Any]) -> set[str]:
-    return {text.strip() for text in (row["query"], *row.get("neg", ()))}
+def _is_pair(row: dict[str, Any]) -> bool:
+    """Some definitions say no more than the word itself, some negatives no other than the positive."""
+    return row["pos"].strip() not in {text.strip() for text in (row["query"], *row.get("neg", ()))}
 
 
 def pairs(folder: Path, seed: int, limit: int | None = None) -> list[AlignmentRow]:
     """(query, positive, negatives) in random order, no source above its share."""
-    return [AlignmentRow.parse(row) for row in islice(_pairs(folder, seed), limit)]
+    rows = filter(_is_pair, _sample(_pairs_file(folder), seed))
+    return [AlignmentRow.parse(row) for row in islice(rows, limit)]
 
 
 def pairs_by_source(folder: Path, seed: int) -> dict[str, list[AlignmentRow]]:
-    """The same rows, all of them, by where they come from."""
+    """All of them, in random order, by where they come from."""
     sources: dict[str, list[AlignmentRow]] = {}
-    for row in _pairs(folder, seed):
-        sources.setdefault(str(row["source"]), []).append(AlignmentRow.parse(row))
+    for row in filter(_is_pair, _shuffled(_pairs_file(folder), seed)):
+        sources.setdefault(row["source"], []).append(AlignmentRow.parse(row))
     return sources
 
 

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from autoregembed_rag import AutoRegEncoder
 from autoregembed_rag.config import CONFIG_NAME
 
+from .bag import DOCUMENTS
 from .sizes import Size
 
 MAX_BYTES = 32_000_000
@@ -60,6 +61,7 @@ def model_card(work: Path, stages: list[str], size: Size, seed: int, output: Pat
         pretrain_tokens=f"{size.pretrain_tokens:,}",
         reading_rows=f"{size.reading_rows:,}",
         bag_pairs=f"{size.bag_steps * size.bag_batch:,}",
+        passages=f"{DOCUMENTS:.0%}",
         compress_rows=f"{size.compress_rows:,}",
         align_rows=f"{size.align_rows:,}",
         seed=seed,
@@ -98,17 +100,20 @@ encoder = AutoRegEncoder.from_pretrained("mini")
 
 | stage | objective | data |
 |---|---|---|
-| token embeddings | in-batch softmax over bags of tokens | {bag_pairs} pairs, a third passages and their documents |
+| token embeddings | in-batch softmax over bags of tokens | {bag_pairs} pairs, {passages} passage and document |
 | encoder, start | none: a Llama that computes that bag exactly | |
 | decoder (base LM) | next token, of text and from the start's vectors | {pretrain_tokens} tokens, {reading_rows} rows |
 | encoder, 1 | information compression, L_IC | {compress_rows} rows |
 | encoder, 2 | conditional distribution alignment, L_CDA | {align_rows} rows |
 
 The decoder starts from the same token embeddings. The encoder is not grown from the base LM, as in the paper, but from
-the bag of tokens: on so little text that is worth more, see recipes/mini/LOG.md. The decoder is a small language model:
-per token of held-out text its perplexity is {text_perplexity}; of texts to be written from their own vectors it is
-{own_perplexity}, and {others_perplexity} from another text's. What it writes from a vector names the subject; it is no
-copy of the text.
+the bag of tokens: where there is so little text to learn from, that finds more (recipes/mini/LOG.md). The five
+compressed vectors begin alike, so the first of them is nearly as good as all, and queries and documents of the same
+words are near each other.
+
+The decoder is a small language model. Perplexity per token, held out: {text_perplexity} of running text; of texts to be
+written from their own vectors {own_perplexity}, from another text's {others_perplexity}. What it writes from a vector
+names the subject and repeats itself; it is no copy of the text.
 
 Text: the recipe's corpus of public-domain books, arXiv abstracts, open textbooks, technical and government
 documentation, medical question-answer pairs, WordNet glosses and public task data, English only; sentences of the
@@ -125,6 +130,6 @@ evaluation sets were removed from it by exact match. Every stage ran with seed {
 ## Limits
 
 English, lower-cased; general text rather than code; a vocabulary of {vocabulary} tokens, so rare names become many
-tokens. BM25 is better on the retrieval sets below. Nobody checked
-the training text for social bias, so expect what public text holds.
+tokens. Words count nearly without their order, and those of other instructions than the two above like the text's.
+Nobody checked the training text for social bias, so expect what public text holds.
 """

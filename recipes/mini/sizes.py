@@ -66,7 +66,7 @@ SIZES = {
         encoder_intermediate_size=320,
         tokenizer_characters=60_000_000,
         bag_characters=470_000_000,
-        bag_steps=2_500,
+        bag_steps=900,
         bag_batch=1024,
         pretrain_tokens=3_500_000,
         pretrain_batch=8,
@@ -96,5 +96,5 @@ SIZES |= {
         intermediate_size=27 * width // 10,
         encoder_intermediate_size=width,
     )
-    for width in (64, 128, 192)
+    for width in (64, 128)
 }
