@@ -22,7 +22,7 @@ def test_python_snippets_run_as_written_one_after_the_other(tmp_path, monkeypatc
     names: dict = {}
     for snippet in snippets:
         exec(compile(snippet, "README.md", "exec"), names)  # noqa: S102
-    assert names["queries"].shape == names["documents"].shape == (1, 1280)
+    assert names["queries"].shape == names["documents"].shape == (1, 1600)
     assert names["hits"][0].id == "shutil.copytree"
     printed = capsys.readouterr().out
     assert printed.count("Goethe wrote Faust.") == 2

@@ -187,7 +187,7 @@ def test_a_sentence_transformers_folder_is_embedded_as_its_library_does(tiny_bas
     words.tokenizer.pad_token = words.tokenizer.eos_token
     folder = tmp_path / "outside"
     library.SentenceTransformer(
-        modules=[words, Pooling(words.get_word_embedding_dimension())],
+        modules=[words, Pooling(words.get_embedding_dimension())],
         prompts={"query": "find: ", "document": ""},
         device="cpu",
     ).save(str(folder))
