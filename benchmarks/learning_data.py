@@ -61,9 +61,8 @@ class Sources:
     def read_pairs(self, split: str) -> dict[str, PairSet]:
         """STS-B and SICK-R; of the dev split STS-B alone, by which rates are chosen."""
         names = SETS if split == "test" else {"STS-B": SETS["STS-B"]}
-        return {
-            name: PairSet(*read_pairs(self.pairs / folder / f"{split}.tsv")) for name, folder in names.items()
-        }
+        files = {name: read_pairs(self.pairs / folder / f"{split}.tsv") for name, folder in names.items()}
+        return {name: PairSet(pairs.scores, pairs.first, pairs.second) for name, pairs in files.items()}
 
     def _negated(self) -> Iterator[dict[str, Any]]:
         for record in _records(self.triplets):
