@@ -67,29 +67,34 @@ def load_folder(folder: Path, split: str = "test") -> RetrievalSet:
     return _assemble(folder.resolve().name, split, documents, texts, _read_qrels(judgements))
 
 
+def hub_rows(dataset: str, configuration: str | None, split: str, instead: str) -> Any:  # noqa: ANN401
+    """The rows of a split on the Hugging Face hub; `BenchmarkDataError` if they cannot be had says what to do instead,
+    with a copy from elsewhere."""
+    try:
+        from datasets import load_dataset
+
+        return load_dataset(dataset, configuration, split=split)
+    except ImportError as error:
+        raise BenchmarkDataError(f'{error}; the hub needs: pip install "autoregembed-rag[train]"') from error
+    except (OSError, ValueError) as error:  # offline, unknown name, unknown split: there is no common class
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise BenchmarkDataError(
+            f"cannot load {dataset} (split {split!r}) from the Hugging Face hub: {reason}. "
+            f"With no network, download the set elsewhere and {instead}"
+        ) from error
+
+
 def load_hub(name: str, split: str | None = None) -> RetrievalSet:
     """Load `BeIR/NAME` and `BeIR/NAME-qrels` with `datasets`.
 
     The default split is "test", for MS MARCO "validation", its dev set. `BenchmarkDataError` where the set is
     unknown or cannot be reached, naming `--data-dir`.
     """
-    from datasets import load_dataset
-
     split = split or HUB_SPLITS.get(name, "test")
-    try:
-        corpus = load_dataset(f"BeIR/{name}", "corpus", split="corpus")
-        questions = load_dataset(f"BeIR/{name}", "queries", split="queries")
-        judgements = load_dataset(f"BeIR/{name}-qrels", split=split)
-    except (
-        OSError,
-        ValueError,
-    ) as error:  # offline, unknown name, unknown split: `datasets` has no common class
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise BenchmarkDataError(
-            f"cannot load BeIR/{name} (split {split!r}) from the Hugging Face hub: {reason}. "
-            "With no network, download the set elsewhere and pass its folder with --data-dir DIR "
-            "(corpus.jsonl, queries.jsonl, qrels/SPLIT.tsv)"
-        ) from error
+    instead = "pass its folder with --data-dir DIR (corpus.jsonl, queries.jsonl, qrels/SPLIT.tsv)"
+    corpus = hub_rows(f"BeIR/{name}", "corpus", "corpus", instead)
+    questions = hub_rows(f"BeIR/{name}", "queries", "queries", instead)
+    judgements = hub_rows(f"BeIR/{name}-qrels", None, split, instead)
     documents = [
         Document(str(row["_id"]), row.get("title") or "", row["text"] or "")
         for row in tqdm(corpus, desc="reading documents", unit="doc")

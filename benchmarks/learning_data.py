@@ -16,8 +16,7 @@ from autoregembed_rag.training.data import (
 )
 from autoregembed_rag.training.sources import numbered_rows
 from benchmarks.beir import BenchmarkDataError
-from benchmarks.learning_systems import PairSet
-from benchmarks.sts import read_pairs
+from benchmarks.sts import Pairs, read_pairs
 
 CHARACTERS = (
     300  # of a row to compress: at this size of model, minutes go to more rows rather than longer ones
@@ -58,11 +57,10 @@ class Sources:
         )
         return compression_rows(short, skip_invalid=True)[:]
 
-    def read_pairs(self, split: str) -> dict[str, PairSet]:
+    def read_pairs(self, split: str) -> dict[str, Pairs]:
         """STS-B and SICK-R; of the dev split STS-B alone, by which rates are chosen."""
         names = SETS if split == "test" else {"STS-B": SETS["STS-B"]}
-        files = {name: read_pairs(self.pairs / folder / f"{split}.tsv") for name, folder in names.items()}
-        return {name: PairSet(pairs.scores, pairs.first, pairs.second) for name, pairs in files.items()}
+        return {name: read_pairs(self.pairs / folder / f"{split}.tsv") for name, folder in names.items()}
 
     def _negated(self) -> Iterator[dict[str, Any]]:
         for record in _records(self.triplets):

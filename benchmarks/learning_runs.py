@@ -26,12 +26,12 @@ from benchmarks.learning_systems import (
     Embed,
     Evaluate,
     Learned,
-    PairSet,
     correlations,
     learn_alignment,
     learn_compression,
     learn_infonce,
 )
+from benchmarks.sts import Pairs
 
 RATES = {
     "infonce": (3e-4, 1e-3, 3e-3),
@@ -117,7 +117,7 @@ class Runs:
         self.work = work
         self.triplets = sources.read_triplets()
         self.compression = sources.read_compression()
-        self.pairs: dict[Phase, dict[str, PairSet]] = {
+        self.pairs: dict[Phase, dict[str, Pairs]] = {
             "sweep": sources.read_pairs("dev"),
             "main": sources.read_pairs("test"),
         }

@@ -38,6 +38,7 @@ from autoregembed_rag.training.compression import train_compression
 from autoregembed_rag.training.data import AlignmentRow, Rows
 from autoregembed_rag.training.trainer import LengthBatches
 from benchmarks.scoring import spearman
+from benchmarks.sts import Pairs
 
 SCALE = 20.0  # sentence-transformers' default: a temperature of 0.05
 WARMUP = 0.05
@@ -136,15 +137,7 @@ class Learned(NamedTuple):
     pooling: str
 
 
-class PairSet(NamedTuple):
-    """Sentence pairs with human scores."""
-
-    scores: np.ndarray
-    first: list[str]
-    second: list[str]
-
-
-def correlations(embed: Embed, sets: Mapping[str, PairSet]) -> dict[str, float]:
+def correlations(embed: Embed, sets: Mapping[str, Pairs]) -> dict[str, float]:
     """Spearman x 100 of cosines with human scores, by set; every distinct sentence is embedded once.
 
     FloatingPointError if an embedding is not finite: training has diverged.

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 
 from autoregembed_rag import AutoRegEncoder
 from benchmarks.beir import BenchmarkDataError
+from benchmarks.measures import markdown
 from benchmarks.models import HYBRID
 
 HEADING = "## Scores"
@@ -63,7 +64,7 @@ def _figures(report: dict[str, Any], entry: dict[str, Any]) -> Figures:
 def merge(found: Iterable[Figures]) -> list[Figures]:
     """One row for each system, with the values of all reports.
 
-    `BenchmarkDataError` where reports of one system are of different weights, or measured the same set twice.
+    `BenchmarkDataError` where reports of one system are of different weights.
     """
     rows: dict[str, Figures] = {}
     for one in found:
@@ -79,24 +80,18 @@ def merge(found: Iterable[Figures]) -> list[Figures]:
     return list(rows.values())
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table in Markdown, numbers to the right."""
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
-
-
 def overview(rows: list[Figures], columns: list[str]) -> str:
     """All systems but the lesser uses of a checkpoint."""
     shown = [row for row in rows if not is_variant(row)]
     size = lambda row: "" if row.parameters is None else f"{row.parameters / 1e6:.1f}M"  # noqa: E731
-    return table(["", "size", *columns], [[row.system, size(row), *_cells(row, columns)] for row in shown])
+    return markdown(["", "size", *columns], [[row.system, size(row), *_cells(row, columns)] for row in shown])
 
 
 def variants(rows: list[Figures], columns: list[str]) -> str:
     """What each use of a checkpoint is worth."""
     of = {row.model for row in rows if is_variant(row)}
     shown = [row for row in rows if row.model in of and row.use != HYBRID]
-    return table(
+    return markdown(
         ["", "dimensions", *columns],
         [[row.system, f"{row.dimension:,}", *_cells(row, columns)] for row in shown],
     )

@@ -6,14 +6,13 @@ paper's ten sets (section 4.1) as MTEB keeps them.
 """
 
 import sys
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import typer
 
-from benchmarks.beir import BenchmarkDataError
+from benchmarks.beir import BenchmarkDataError, hub_rows
 from benchmarks.models import HYBRID, Bases, Compares, Encoder, Models, load_candidates
 from benchmarks.report import bar_chart, environment, print_table, write_json
 from benchmarks.scoring import spearman
@@ -36,8 +35,7 @@ ALL = "all"
 app = typer.Typer(add_completion=False)
 
 
-@dataclass(frozen=True)
-class Pairs:
+class Pairs(NamedTuple):
     """Sentence pairs and how similar people found them."""
 
     name: str
@@ -77,17 +75,7 @@ def load_pairs(name: str) -> Pairs:
     if name not in HUB:
         raise BenchmarkDataError(f"{name!r} is no set of the paper: choose from {', '.join(HUB)}, or {ALL}")
     path, configuration = HUB[name]
-    try:
-        from datasets import load_dataset
-
-        rows = load_dataset(path, configuration, split="test")
-    except ImportError as error:
-        raise BenchmarkDataError(f'{error}; --hub needs: pip install "autoregembed-rag[train]"') from error
-    except (OSError, ValueError) as error:
-        raise BenchmarkDataError(
-            f"{path} cannot be read from the hub ({type(error).__name__}): go online, or give a TSV of score, "
-            "sentence1 and sentence2"
-        ) from error
+    rows = hub_rows(path, configuration, "test", "give its file, a TSV of score, sentence1 and sentence2")
     return _pairs(name, [(float(row["score"]), row["sentence1"], row["sentence2"]) for row in rows])
 
 

@@ -24,7 +24,6 @@ from autoregembed_rag.training.arguments import AlignmentArguments, CompressionA
 from autoregembed_rag.training.compression import train_compression
 
 from . import bag, base_lm, data
-from .base_lm import llama
 from .package import package
 from .sizes import SIZES, Size
 from .tokenizer import train_tokenizer
@@ -124,7 +123,7 @@ class Recipe:
         config = AutoRegConfig(
             num_compressed_tokens=self.size.num_compressed_tokens, max_length=self.size.max_length
         )
-        shape = llama(tokenizer, self.size, self.size.encoder_intermediate_size)
+        shape = base_lm.llama(tokenizer, self.size, self.size.encoder_intermediate_size)
         encoder = AutoRegEncoder(LlamaModel(shape), tokenizer, config)
         bag.write_bag(encoder, self.work / "bag.safetensors")
         encoder.save_pretrained(output)

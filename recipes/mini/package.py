@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from autoregembed_rag import AutoRegEncoder
 from autoregembed_rag.config import CONFIG_NAME
@@ -33,13 +33,14 @@ def package(work: Path, stages: list[str], size: Size, seed: int, output: Path) 
         raise ValueError(
             f"{output} holds {written:,} bytes, more than the {MAX_BYTES:,} that a package may carry"
         )
-    (output / "README.md").write_text(model_card(work, stages, size, seed, output), encoding="utf-8")
+    (output / "README.md").write_text(model_card(work, stages, size, seed, output, decoder), encoding="utf-8")
 
 
-def model_card(work: Path, stages: list[str], size: Size, seed: int, output: Path) -> str:
+def model_card(
+    work: Path, stages: list[str], size: Size, seed: int, output: Path, decoder: PreTrainedModel
+) -> str:
     """What the checkpoint is, what it saw and what it cannot do."""
     encoder = AutoRegEncoder.from_pretrained(output, device="cpu")
-    decoder = AutoModelForCausalLM.from_pretrained(output / "decoder")
     seconds = {name: int((work / f"{name}.seconds").read_text()) for name in stages}
     minutes = "\n".join(f"| {name.split('.')[0]} | {math.ceil(s / 60)} |" for name, s in seconds.items())
     shape = "\n".join(f"| {name} | {value:,} |" for name, value in asdict(size).items())

@@ -24,7 +24,8 @@ from benchmarks import learning_efficiency, learning_report, learning_runs, lear
 from benchmarks.beir import BenchmarkDataError
 from benchmarks.learning_data import draw_triplets
 from benchmarks.learning_report import findings, summarise, table
-from benchmarks.learning_systems import SYSTEMS, Course, PairSet, correlations, own_documents
+from benchmarks.learning_systems import SYSTEMS, Course, correlations, own_documents
+from benchmarks.sts import Pairs
 
 NAMES = ["fox", "dog", "river", "bank", "lemon", "reader", "model", "vector"]
 PLACES = ["near the river", "in a green bank", "on the lazy dog", "over the passage"]
@@ -342,7 +343,7 @@ def test_both_sides_are_embedded_under_the_same_instruction(tiny_base, monkeypat
         "build",
         lambda self, texts, instruction: used.add(instruction) or build(self, texts, instruction),
     )
-    pairs = {"set": PairSet(np.array([1.0, 2.0, 3.0]), ["a", "b", "c"], ["d", "a", "b"])}
+    pairs = {"set": Pairs("set", np.array([1.0, 2.0, 3.0]), ["a", "b", "c"], ["d", "a", "b"])}
     correlations(learning_systems._embed(encoder), pairs)
     assert used == {encoder.config.document_instruction}
 
@@ -356,7 +357,7 @@ def test_correlations_embed_each_sentence_once_and_refuse_what_is_not_finite():
         return np.array([vectors[text] for text in texts], dtype=np.float32)
 
     # Cosines of a with a, b, c, d: 1, 0.8, 0.6, 0; ranks 4, 3, 2, 1 against 4, 3, 1, 2 give 1 - 6 * 2 / 60.
-    pairs = PairSet(np.array([9.0, 5.0, 1.0, 2.0]), ["a"] * 4, ["a", "b", "c", "d"])
+    pairs = Pairs("one", np.array([9.0, 5.0, 1.0, 2.0]), ["a"] * 4, ["a", "b", "c", "d"])
     found = correlations(
         embed, {"one": pairs, "other": pairs._replace(scores=np.array([9.0, 5.0, 2.0, 1.0]))}
     )

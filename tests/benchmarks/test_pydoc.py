@@ -1,11 +1,15 @@
 """The offline set: what its documents are, and that every judged object is among them."""
 
+import importlib
 import json
+import logging
+import sys
 
 import pytest
 
 from benchmarks.beir import RetrievalSet
-from benchmarks.pydoc import MIN_CHARACTERS, QUERIES_FILE, load_pydoc, standard_library_documents
+from benchmarks.pydoc import QUERIES_FILE, load_pydoc, standard_library_documents
+from benchmarks.standard_library import MIN_CHARACTERS
 
 
 @pytest.fixture(scope="module")
@@ -76,3 +80,14 @@ def test_building_again_after_patching_the_library_gives_the_same(pydoc, monkeyp
 
     monkeypatch.setattr("shutil.copytree", copytree)
     assert standard_library_documents() == pydoc.documents
+
+
+def test_what_other_libraries_put_into_the_standard_one_is_no_document(pydoc):
+    """transformers gives `logging.Logger` methods of its own, and the benchmarks import it."""
+    importlib.import_module("transformers")
+    assert hasattr(logging.Logger, "warning_advice")
+    assert "logging.Logger.warning_advice" not in {document.id for document in pydoc.documents}
+
+
+def test_a_title_is_the_same_wherever_python_lies(pydoc):
+    assert not [document.title for document in pydoc.documents if sys.executable in document.title]
