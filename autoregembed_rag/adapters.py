@@ -16,6 +16,7 @@ LOADING_OPTIONS = (
     "document_instruction",
     "num_tokens",
     "pooling",
+    "quantize",
 )
 """The keywords of `AutoRegEncoder.from_pretrained` that an embedding class offers under the same names."""
 

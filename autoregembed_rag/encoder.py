@@ -5,8 +5,11 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, overload
 
@@ -19,7 +22,7 @@ from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from .config import AutoRegConfig, Pooling
 from .fingerprint import encoder_fingerprint
-from .last_layer import last_layer_at, restrict_last_layer
+from .last_layer import restrict_last_layer
 from .loading import (
     add_embed_tokens,
     check_causal,
@@ -28,28 +31,26 @@ from .loading import (
     load_model,
     load_tokenizer,
     model_arguments,
+    resolve_device,
     resolve_folder,
     untrained_config,
 )
-from .prompt import PromptBuilder, check_texts, pad_right
-from .weights import checkpoint_config, grow_table, is_adapted, load_body, read_weights, write_checkpoint
+from .passes import Passes
+from .prompt import PromptBuilder, Prompts, check_texts
+from .weights import (
+    checkpoint_config,
+    grow_table,
+    is_adapted,
+    load_body,
+    quantize_body,
+    read_weights,
+    write_checkpoint,
+)
 
 logger = logging.getLogger(__name__)
 
-# Texts tokenised and sorted by length at once: enough to fill batches evenly, small against any corpus.
+# Texts tokenised and sorted by length at once, for each device: enough to fill passes evenly, small against any corpus.
 CHUNK = 2048
-BATCH_SIZE = 32
-
-
-def compressed_states(model: PreTrainedModel, ids: Tensor, lengths: Tensor, k: int) -> Tensor:
-    """e_c of right-padded prompts: the last hidden states at their final k tokens, [n, k, hidden].
-
-    The one forward pass of the encoder, for training and inference.
-    """
-    columns = lengths[:, None] - k + torch.arange(k, device=ids.device)
-    with last_layer_at(columns, ids.shape[1]):
-        hidden: Tensor = model(input_ids=ids, use_cache=False).last_hidden_state
-    return hidden[torch.arange(len(ids), device=ids.device)[:, None], columns]
 
 
 def pool(compressed: Tensor, pooling: Pooling) -> Tensor:
@@ -79,6 +80,7 @@ class AutoRegEncoder:
         num_tokens: int | None = None,
         source: Path | None = None,
         load_arguments: dict[str, Any] | None = None,
+        devices: Sequence[torch.device] = (),
     ) -> None:
         """Wrap a body (no language-model head) and its tokenizer.
 
@@ -89,6 +91,7 @@ class AutoRegEncoder:
             num_tokens: keep only the first so many of the k vectors (flatten pooling only).
             source: the folder the weights came from, while they are unchanged.
             load_arguments: keywords with which `from_pretrained(source)` makes this encoder again.
+            devices: where to encode at the same time, the model's own and others; none is the model's own.
         """
         longest = getattr(model.config, "max_position_embeddings", None)
         if longest is not None and config.max_length > longest:
@@ -114,6 +117,7 @@ class AutoRegEncoder:
         self._source = source
         self._load_arguments = load_arguments or {}
         self._fingerprint: str | None = None
+        self._passes = Passes(model, k, devices or [model.device])
         self._pid = os.getpid()
 
     @classmethod
@@ -121,7 +125,7 @@ class AutoRegEncoder:
         cls,
         model: str | Path = "mini",
         *,
-        device: str | torch.device = "auto",
+        device: str | torch.device | Sequence[str] = "auto",
         dtype: str | torch.dtype = "auto",
         attn_implementation: str = "auto",
         pooling: Pooling | None = None,
@@ -129,6 +133,7 @@ class AutoRegEncoder:
         query_instruction: str | None = None,
         document_instruction: str | None = None,
         max_length: int | None = None,
+        quantize: str | None = None,
         trust_remote_code: bool = False,
     ) -> AutoRegEncoder:
         """Load a trained checkpoint.
@@ -136,11 +141,13 @@ class AutoRegEncoder:
         Args:
             model: a bundled name ("mini"), a folder, or a hub id. A folder without `autoregembed.json`, such as
                 the paper's own checkpoints, is taken with the default settings if its tokenizer holds `<EMBEDi>`.
-            device: "auto" is CUDA, then MPS, then the CPU.
+            device: "auto" is CUDA, then MPS, then the CPU. Several, such as ["cuda:0", "cuda:1"], share the texts.
             dtype: "auto" is bfloat16 where the hardware computes in it, else float32.
             attn_implementation: "auto" is FlashAttention 2 on CUDA where installed, else sdpa.
             pooling, query_instruction, document_instruction, max_length: None is what the checkpoint records.
             num_tokens: use only the first so many compressed vectors; None is all.
+            quantize: "int8" keeps the weights in 8 bits (needs torchao): half of bfloat16's memory, hardly another
+                speed, cosines of 0.99 and more with the full vectors. Such an encoder is neither trained nor saved.
             trust_remote_code: run Python code that comes with the model; off unless you ask.
 
         Raises:
@@ -158,21 +165,28 @@ class AutoRegEncoder:
         tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
         recorded = checkpoint_config(folder, tokenizer.get_vocab())
         config = replace(recorded, **changes)  # type: ignore[arg-type]
-        place, arguments = model_arguments(device, dtype, attn_implementation, trust_remote_code)
+        names = [device] if isinstance(device, str | torch.device) else list(device)
+        devices = [resolve_device(name) for name in names]
+        place, arguments = model_arguments(devices[0], dtype, attn_implementation, trust_remote_code)
+        body = load_body(folder, place, arguments)
+        if quantize is not None:
+            quantize_body(body, quantize)
         return cls(
-            load_body(folder, place, arguments),
+            body,
             tokenizer,
             config,
             num_tokens=num_tokens,
             source=folder,
             load_arguments={
                 **changes,
-                "device": str(device),
+                "device": [str(name) for name in names],
                 "dtype": dtype,
                 "attn_implementation": attn_implementation,
                 "num_tokens": num_tokens,
+                "quantize": quantize,
                 "trust_remote_code": trust_remote_code,
             },
+            devices=devices,
         )
 
     @classmethod
@@ -252,9 +266,13 @@ class AutoRegEncoder:
     def trainable(self) -> PreTrainedModel:
         """The body (of an encoder with an adapter, the peft model), whose weights the caller is about to change: from
         here on the fingerprint is taken from memory, and the encoder no longer pickles until it is saved and loaded
-        again."""
+        again. ValueError: they are quantized."""
+        self._refuse_quantized()
         self._source = None
         self._fingerprint = None
+        self._passes = Passes(
+            self.model, self.num_compressed_tokens, [self.model.device]
+        )  # copies would not learn
         return self.model
 
     def encode_queries(
@@ -282,7 +300,7 @@ class AutoRegEncoder:
         Args:
             texts: any valid or broken Unicode; special tokens in it are plain characters.
             instruction: "next" (I_next), "self" (I_self) or an instruction in words.
-            batch_size: texts per forward pass, by default 32.
+            batch_size: texts per forward pass; by default as many as make up the tokens that suit the device.
             show_progress: draw a bar.
 
         Returns:
@@ -291,11 +309,48 @@ class AutoRegEncoder:
         Raises:
             TypeError: a text is not str; index and type are named.
         """
-        texts = check_texts(texts)
-        out = np.empty((len(texts), self.dimension), dtype=np.float32)
-        for rows, vectors in self._batches(texts, instruction, batch_size, show_progress):
-            out[rows] = pool(vectors[:, : self.num_tokens], self.config.pooling).cpu().numpy()
-        return out
+        return self._gather(texts, (instruction,), self._pooled, (self.dimension,), batch_size, show_progress)
+
+    def encode_stream(
+        self,
+        texts: Iterable[str],
+        instruction: str = "self",
+        *,
+        batch_size: int | None = None,
+        show_progress: bool = False,
+    ) -> Iterator[np.ndarray]:
+        """Embeddings of texts that need not all be in memory, a few thousand at a time.
+
+        What was yielded is yours whatever happens to the rest: Ctrl-C, an error in `texts`, a device that fails.
+
+        Args:
+            texts: read as they are needed, by this thread, one chunk ahead.
+            instruction, batch_size, show_progress: as `encode` has them.
+
+        Yields:
+            float32 [up to 2048 per device, dimension], in input order.
+
+        Raises:
+            TypeError: a text is not str; its index in all of `texts` is named.
+        """
+        yield from self._stream(texts, (instruction,), self._pooled, batch_size, show_progress)
+
+    def encode_both(
+        self, texts: Sequence[str], *, batch_size: int | None = None, show_progress: bool = False
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """`encode_queries` and `encode_documents` of the same texts: two arrays, float32 [n, dimension].
+
+        What a text's two prompts have in common, the text, goes through the model once, except under
+        FlashAttention 2 and in models without rotary positions.
+        """
+        k = self.num_compressed_tokens
+
+        def pooled(compressed: Tensor) -> Tensor:
+            return torch.stack([self._pooled(compressed[:, :k]), self._pooled(compressed[:, k:])], dim=1)
+
+        shape = 2, self.dimension
+        both = self._gather(texts, ("next", "self"), pooled, shape, batch_size, show_progress)
+        return both[:, 0], both[:, 1]
 
     def compress(
         self,
@@ -306,46 +361,99 @@ class AutoRegEncoder:
         show_progress: bool = False,
     ) -> np.ndarray:
         """The raw compressed vectors e_c, what the decoder reads: float32 [n, k, hidden], in input order."""
-        texts = check_texts(texts)
-        out = np.empty((len(texts), self.num_compressed_tokens, self.hidden_size), dtype=np.float32)
-        for rows, vectors in self._batches(texts, instruction, batch_size, show_progress):
-            out[rows] = vectors.float().cpu().numpy()
-        return out
+        shape = self.num_compressed_tokens, self.hidden_size
+        return self._gather(texts, (instruction,), Tensor.float, shape, batch_size, show_progress)
 
-    def _batches(
-        self, texts: list[str], instruction: str, batch_size: int | None, show_progress: bool
-    ) -> Iterator[tuple[list[int], Tensor]]:
-        """(positions in `texts`, compressed vectors on the device), batched by length."""
-        size = BATCH_SIZE if batch_size is None else batch_size
-        if size < 1:
+    def _pooled(self, compressed: Tensor) -> Tensor:
+        return pool(compressed[:, : self.num_tokens], self.config.pooling)
+
+    def _gather(
+        self,
+        texts: Sequence[str],
+        instructions: tuple[str, ...],
+        finish: Callable[[Tensor], Tensor],
+        shape: tuple[int, ...],
+        batch_size: int | None,
+        show_progress: bool,
+    ) -> np.ndarray:
+        """What `_stream` yields of all texts, each distinct one encoded once."""
+        texts = check_texts(texts)
+        times = Counter(texts)
+        out = np.empty((len(times), *shape), dtype=np.float32)
+        done = 0
+        for vectors in self._stream(times, instructions, finish, batch_size, show_progress, times):
+            out[done : done + len(vectors)] = vectors
+            done += len(vectors)
+        if len(times) == len(texts):
+            return out
+        places = {text: place for place, text in enumerate(times)}
+        return out[[places[text] for text in texts]]
+
+    def _stream(
+        self,
+        texts: Iterable[str],
+        instructions: tuple[str, ...],
+        finish: Callable[[Tensor], Tensor],
+        batch_size: int | None,
+        show_progress: bool,
+        times: Mapping[str, int] | None = None,
+    ) -> Iterator[np.ndarray]:
+        """Chunk by chunk, e_c of each text as `finish` makes it; `times` says how often the caller has it."""
+        if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, not {batch_size}")
         if os.getpid() != self._pid:
             raise RuntimeError(
                 "this encoder was made before a fork, and PyTorch's threads do not survive one: make the encoder "
                 "inside the child process, or start processes with multiprocessing's 'spawn' method"
             )
-        words = self._instruction(instruction)
-        num_cut = 0
-        with tqdm(total=len(texts), desc="encode", unit="text", disable=not show_progress) as progress:
-            for start in range(0, len(texts), CHUNK):
-                prompts = self.prompts.build(texts[start : start + CHUNK], words)
-                num_cut += prompts.num_cut
-                order = sorted(range(len(prompts.ids)), key=lambda i: len(prompts.ids[i]), reverse=True)
-                for batch in (order[i : i + size] for i in range(0, len(order), size)):
-                    yield [start + i for i in batch], self._forward([prompts.ids[i] for i in batch])
-                    progress.update(len(batch))
+        words = [self._instruction(instruction) for instruction in instructions]
+        num_texts = num_cut = 0
+        with tqdm(
+            total=times and len(times), desc="encode", unit="text", disable=not show_progress
+        ) as progress:
+            for chunk, prompts in self._prompts(texts, words):
+                out = None
+                jobs = list(zip(*(under.ids for under in prompts), strict=True))
+                for places, compressed in self._passes.run(jobs, batch_size):
+                    vectors = finish(compressed).cpu().numpy()
+                    if out is None:
+                        out = np.empty((len(chunk), *vectors.shape[1:]), dtype=np.float32)
+                    out[places] = vectors
+                    progress.update(len(places))
+                num_texts += sum(times[text] for text in chunk) if times else len(chunk)
+                num_cut += sum(
+                    times[chunk[i]] if times else 1 for i in {*chain(*(under.cut for under in prompts))}
+                )
+                assert out is not None  # noqa: S101  (no chunk is empty)
+                yield out
         if num_cut:
             logger.warning(
                 "%d of %d texts were cut to %d tokens: split long texts, or raise max_length",
                 num_cut,
-                len(texts),
-                self.prompts.max_text_tokens(words),
+                num_texts,
+                min(map(self.prompts.max_text_tokens, words)),
             )
 
-    @torch.inference_mode()
-    def _forward(self, rows: list[list[int]]) -> Tensor:
-        ids, lengths = (tensor.to(self.model.device) for tensor in pad_right(rows))
-        return compressed_states(self.model, ids, lengths, self.num_compressed_tokens)
+    def _prompts(
+        self, texts: Iterable[str], instructions: list[str]
+    ) -> Iterator[tuple[list[str], list[Prompts]]]:
+        """Chunks of texts with their prompts under each instruction, tokenised while the chunk before is encoded."""
+        size = CHUNK * self._passes.num_devices
+        rest = iter(texts)
+        chunks = iter(lambda: list(islice(rest, size)), [])
+        with ThreadPoolExecutor(1, thread_name_prefix="tokenize") as thread:
+            ahead: tuple[list[str], Future[list[Prompts]]] | None = None
+            for number, chunk in enumerate(chunks):
+                check_texts(chunk, first=number * size)
+                if number == 0 and len(chunk) < size:  # all there is: one query needs no thread
+                    yield chunk, self.prompts.build_all(chunk, instructions)
+                    return
+                coming = chunk, thread.submit(self.prompts.build_all, chunk, instructions)
+                if ahead is not None:
+                    yield ahead[0], ahead[1].result()
+                ahead = coming
+            if ahead is not None:
+                yield ahead[0], ahead[1].result()
 
     def _instruction(self, name: str) -> str:
         if not isinstance(name, str):
@@ -364,8 +472,9 @@ class AutoRegEncoder:
             state_dict: weights to write instead of the live ones, named as in `model.state_dict()`.
 
         Raises:
-            ValueError: `folder` is the decoder, which would be lost.
+            ValueError: `folder` is the decoder, which would be lost, or the weights are quantized.
         """
+        self._refuse_quantized()
         write_checkpoint(Path(folder), self.model, self.tokenizer, self.config, state_dict)
 
     def load_weights(self, folder: str | Path) -> None:
@@ -377,6 +486,12 @@ class AutoRegEncoder:
             ValueError: they differ from the model's in name or shape.
         """
         read_weights(self.trainable(), Path(folder))
+
+    def _refuse_quantized(self) -> None:
+        if self._load_arguments.get("quantize"):
+            raise ValueError(
+                "an encoder with quantized weights is neither trained nor saved: load it without quantize"
+            )
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self._source is None:

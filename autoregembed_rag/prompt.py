@@ -9,9 +9,11 @@ tokenizer under other threads' feet.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from tokenizers import AddedToken, Tokenizer
 from torch import Tensor
@@ -29,12 +31,12 @@ def embed_tokens(k: int) -> list[str]:
     return [f"<EMBED{i}>" for i in range(k)]
 
 
-def check_texts(texts: Sequence[str], argument: str = "texts") -> list[str]:
-    """`texts` as a list of str; TypeError names the index and type of what is not one."""
+def check_texts(texts: Iterable[str], argument: str = "texts", first: int = 0) -> list[str]:
+    """`texts` as a list of str; TypeError names the index, counted from `first`, and type of what is not one."""
     if isinstance(texts, str):
         raise TypeError(f"{argument} must be a sequence of texts, not one str: pass [text]")
     checked = list(texts)
-    for index, text in enumerate(checked):
+    for index, text in enumerate(checked, first):
         if not isinstance(text, str):
             raise TypeError(f"{argument}[{index}] must be str, not {type(text).__name__}")
     return checked
@@ -113,11 +115,12 @@ def pad_right(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
 
     Causal attention never looks to the right, so no mask is needed and the padding token is of no account.
     """
-    lengths = torch.tensor([len(row) for row in rows])
-    ids = torch.zeros(len(rows), int(lengths.max()), dtype=torch.long)
-    for target, row in zip(ids, rows, strict=True):
-        target[: len(row)] = torch.tensor(row)
-    return ids, lengths
+    lengths = np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))
+    ids = np.zeros((len(rows), lengths.max()), dtype=np.int64)
+    ids[np.arange(ids.shape[1]) < lengths[:, None]] = np.fromiter(
+        chain.from_iterable(rows), dtype=np.int64, count=lengths.sum()
+    )
+    return torch.from_numpy(ids), torch.from_numpy(lengths)
 
 
 # What one more forward pass costs, in tokens of padding that it may save.
@@ -146,10 +149,10 @@ def length_groups(lengths: Sequence[int], *, most: int | None = None) -> list[li
 
 
 class Prompts(NamedTuple):
-    """A batch of prompts: token ids per row, and how many texts had to be cut to fit."""
+    """A batch of prompts: token ids per row, and the places of the texts that had to be cut to fit."""
 
     ids: list[list[int]]
-    num_cut: int
+    cut: list[int]
 
 
 class PromptBuilder:
@@ -189,11 +192,20 @@ class PromptBuilder:
 
     def build(self, texts: Sequence[str], instruction: str) -> Prompts:
         """Prompts for `texts` under `instruction`; the last k ids of every row are the compressed tokens."""
-        suffix = self._suffix(instruction)
-        room = self._room(suffix)
-        rows = self._text.encode(texts, limit=room)
-        ids = [self._prefix + row[:room] + suffix for row in rows]
-        return Prompts(ids, sum(len(row) > room for row in rows))
+        return self.build_all(texts, [instruction])[0]
+
+    def build_all(self, texts: Sequence[str], instructions: Sequence[str]) -> list[Prompts]:
+        """`build` for each instruction, with each text tokenised once."""
+        suffixes = [self._suffix(instruction) for instruction in instructions]
+        rooms = [self._room(suffix) for suffix in suffixes]
+        rows = self._text.encode(texts, limit=max(rooms))
+        return [
+            Prompts(
+                [self._prefix + row[:room] + suffix for row in rows],
+                [i for i, row in enumerate(rows) if len(row) > room],
+            )
+            for suffix, room in zip(suffixes, rooms, strict=True)
+        ]
 
     def build_each(self, texts: Sequence[tuple[str, str]]) -> list[list[int]]:
         """Prompts for texts, each under an instruction of its own: (text, instruction) -> token ids, in their order."""

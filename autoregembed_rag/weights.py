@@ -103,6 +103,21 @@ def load_body(folder: Path, place: torch.device, arguments: dict[str, Any]) -> P
     return cast(PreTrainedModel, wrapped.merge_and_unload().eval().requires_grad_(True))
 
 
+def quantize_body(body: PreTrainedModel, quantize: str) -> None:
+    """Keep the weights of all linear layers in 8 bits, with a scale for each row, by torchao; they still compute in the
+    body's dtype.
+
+    ImportError: torchao is missing. ValueError: `quantize` is not "int8".
+    """
+    if quantize != "int8":
+        raise ValueError(f'quantize must be "int8" or None, not {quantize!r}')
+    try:
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+    except ImportError as error:
+        raise ImportError('quantize="int8" needs torchao: pip install "autoregembed-rag[int8]"') from error
+    quantize_(body, Int8WeightOnlyConfig())
+
+
 def attach_adapter(body: PreTrainedModel, folder: Path, *, config: Any = None) -> Any:  # noqa: ANN401
     """A peft model of `body` and the adapter in `folder`: trainable under a peft `config` of its own, if given.
 

@@ -120,7 +120,7 @@ class Stage:
         ids = self.encoder.prompts.build_each(texts)
         longest = self.encoder.config.max_length
         for (text, instruction), prompt in zip(texts, ids, strict=True):
-            if len(prompt) == longest and self.encoder.prompts.build([text], instruction).num_cut:
+            if len(prompt) == longest and self.encoder.prompts.build([text], instruction).cut:
                 self._cut.add(hash((text, instruction)))
         return ids
 

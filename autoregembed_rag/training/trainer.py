@@ -3,7 +3,6 @@ it."""
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -29,7 +28,8 @@ from transformers import (
 )
 from transformers.trainer import SCHEDULER_NAME
 
-from ..encoder import AutoRegEncoder, compressed_states
+from ..encoder import AutoRegEncoder
+from ..passes import compressed_states, is_out_of_memory
 from ..prompt import length_groups, pad_right
 from .checkpoints import (
     publish,
@@ -245,7 +245,7 @@ class StageTrainer(SafeTrainer):
         try:
             return super().training_step(*args, **kwargs)
         except (torch.OutOfMemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             raise MemoryError(
                 f"out of memory in step {self.state.global_step + 1} ({str(error).splitlines()[0]}): lower batch_size "
@@ -317,10 +317,3 @@ class StageTrainer(SafeTrainer):
 def wait_for_everyone() -> None:
     """Until every process has come here."""
     PartialState().wait_for_everyone()
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    # On a CPU it is a RuntimeError like any other, told by its words alone.
-    return isinstance(error, torch.OutOfMemoryError) or bool(
-        re.search(r"not enough memory|can't allocate memory|out of memory", str(error), re.IGNORECASE)
-    )

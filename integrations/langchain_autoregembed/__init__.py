@@ -1,7 +1,13 @@
 """AutoRegEmbed for LangChain: embeddings, a vector store and its retriever.
 
-Importing it is cheap: PyTorch is loaded by the first `AutoRegEmbeddings(...)`, FAISS by the first store.
+Importing it is cheap: each name is imported on first use, PyTorch by the first `AutoRegEmbeddings(...)`, FAISS by the
+first store.
 """
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 try:
     import langchain_core  # noqa: F401
@@ -10,8 +16,25 @@ except ImportError as error:
         'langchain_autoregembed needs langchain-core: pip install "autoregembed-rag[langchain]"'
     ) from error
 
-from langchain_autoregembed.embeddings import AutoRegEmbeddings
-from langchain_autoregembed.retrievers import AutoRegRetriever
-from langchain_autoregembed.vectorstores import AutoRegVectorStore
+if TYPE_CHECKING:
+    from langchain_autoregembed.embeddings import AutoRegEmbeddings
+    from langchain_autoregembed.retrievers import AutoRegRetriever
+    from langchain_autoregembed.vectorstores import AutoRegVectorStore
 
 __all__ = ["AutoRegEmbeddings", "AutoRegRetriever", "AutoRegVectorStore"]
+
+_HOMES = {
+    "AutoRegEmbeddings": ".embeddings",
+    "AutoRegRetriever": ".retrievers",
+    "AutoRegVectorStore": ".vectorstores",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name], __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_HOMES]

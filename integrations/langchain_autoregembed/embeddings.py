@@ -42,7 +42,10 @@ class AutoRegEmbeddings(BaseModel, Embeddings):
         default="mini",
         description="A bundled name, a checkpoint folder, a hub id, or a ready AutoRegEncoder.",
     )
-    device: str = Field(default="auto", description='"cpu", "cuda", "cuda:1", ..., or the best one there is.')
+    device: str | list[str] = Field(
+        default="auto",
+        description='"cpu", "cuda", "cuda:1", ..., a list of several, or the best one there is.',
+    )
     dtype: str = Field(
         default="auto", description='"float32", "bfloat16", ..., or what the device does best.'
     )
@@ -53,6 +56,7 @@ class AutoRegEmbeddings(BaseModel, Embeddings):
         default=None, description="Keep the first j compressed vectors; None: all."
     )
     pooling: str | None = Field(default=None, description='"flatten" or "mean"; None: what is recorded.')
+    quantize: str | None = Field(default=None, description='"int8" halves the memory of bfloat16 weights.')
     batch_size: int | None = Field(default=None, description="Texts per forward pass; None: the encoder's.")
     show_progress: bool = Field(default=False, description="A progress bar while documents are embedded.")
 

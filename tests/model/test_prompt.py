@@ -32,14 +32,14 @@ def plain_ids(tokenizer, text):
 @pytest.mark.parametrize("bos", ["<s>", None])
 def test_a_prompt_is_bos_text_instruction_and_compressed_tokens(bos, padding_side):
     tokenizer = with_embed_tokens(bos=bos, padding_side=padding_side)
-    (ids,), num_cut = PromptBuilder(tokenizer, 2, 64).build(["A quick fox."], INSTRUCTION)
+    (ids,), cut = PromptBuilder(tokenizer, 2, 64).build(["A quick fox."], INSTRUCTION)
     assert ids == [
         *([tokenizer.bos_token_id] if bos else []),
         *plain_ids(tokenizer, "A quick fox."),
         *plain_ids(tokenizer, f"\n{INSTRUCTION}\n"),
         *tokenizer.convert_tokens_to_ids(["<EMBED0>", "<EMBED1>"]),
     ]
-    assert num_cut == 0
+    assert cut == []
 
 
 def test_text_and_instruction_are_tokenised_apart():
@@ -52,11 +52,11 @@ def test_text_and_instruction_are_tokenised_apart():
 
 def test_only_the_text_is_cut():
     builder = PromptBuilder(with_embed_tokens(), 2, 40)
-    (short, long), num_cut = builder.build(["fox", "fox jumps over the lazy dog " * 50], INSTRUCTION)
+    (short, long), cut = builder.build(["fox", "fox jumps over the lazy dog " * 50], INSTRUCTION)
     assert len(long) == 40
     suffix = len(short) - 1 - len(plain_ids(build_tokenizer(), "fox"))
     assert long[-suffix:] == short[-suffix:]
-    assert num_cut == 1
+    assert cut == [1]
 
 
 def test_a_text_that_just_fits_is_not_cut():
@@ -65,8 +65,8 @@ def test_a_text_that_just_fits_is_not_cut():
     room = builder.max_text_tokens(INSTRUCTION)
     text = "?" * room
     assert len(plain_ids(tokenizer, text)) == room
-    assert builder.build([text], INSTRUCTION).num_cut == 0
-    assert builder.build([text + "?"], INSTRUCTION).num_cut == 1
+    assert builder.build([text], INSTRUCTION).cut == []
+    assert builder.build([text + "?"], INSTRUCTION).cut == [0]
     assert len(builder.build([text + "?"], INSTRUCTION).ids[0]) == 40
 
 

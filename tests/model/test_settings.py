@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tiny_models import SIZES, build_tokenizer, tiny_llama
@@ -207,3 +208,31 @@ def test_the_package_names_what_it_offers():
     assert {"AutoRegConfig", "AutoRegEncoder", "FrozenDecoder"} <= {*dir(autoregembed_rag)}
     with pytest.raises(AttributeError, match="has no attribute 'Nonsense'"):
         _ = autoregembed_rag.Nonsense
+
+
+def test_int8_weights_are_near_the_full_ones_and_take_less_memory(tiny_checkpoint):
+    pytest.importorskip("torchao")
+    full = AutoRegEncoder.from_pretrained(tiny_checkpoint, device="cpu", dtype="float32")
+    small = AutoRegEncoder.from_pretrained(tiny_checkpoint, device="cpu", dtype="float32", quantize="int8")
+    texts = ["A quick fox.", "Vitamin C is found in oranges, lemons and green peppers."]
+    assert ((full.encode(texts) * small.encode(texts)).sum(axis=1) >= 0.99).all()
+    assert not np.array_equal(full.encode(texts), small.encode(texts))
+    assert small.fingerprint == full.fingerprint, "an index of the one is searched by the other"
+    weight = small.model.layers[0].mlp.up_proj.weight
+    assert {part.dtype for part in (weight.qdata, full.model.layers[0].mlp.up_proj.weight)} == {
+        torch.int8,
+        torch.float32,
+    }
+
+
+def test_quantized_weights_are_neither_trained_nor_saved(tiny_checkpoint, tmp_path):
+    pytest.importorskip("torchao")
+    small = AutoRegEncoder.from_pretrained(tiny_checkpoint, device="cpu", quantize="int8")
+    for call in (small.trainable, lambda: small.save_pretrained(tmp_path)):
+        with pytest.raises(ValueError, match="load it without quantize"):
+            call()
+
+
+def test_an_unknown_quantization_is_refused_by_name(tiny_checkpoint):
+    with pytest.raises(ValueError, match="quantize must be \"int8\" or None, not 'int4'"):
+        AutoRegEncoder.from_pretrained(tiny_checkpoint, device="cpu", quantize="int4")

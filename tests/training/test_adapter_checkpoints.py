@@ -17,8 +17,8 @@ from tiny_models import write_base
 from transformers import AutoTokenizer
 
 from autoregembed_rag import AutoRegEncoder, FrozenDecoder
-from autoregembed_rag.encoder import compressed_states
 from autoregembed_rag.fingerprint import weights_digest
+from autoregembed_rag.passes import compressed_states
 from autoregembed_rag.prompt import pad_right
 from autoregembed_rag.training.lora import LoraArguments
 

@@ -70,10 +70,10 @@ def weights(folder: Path, name: str) -> dict[str, torch.Tensor]:
 
 
 def check_equal(first: Path, name: str, second: Path, other: str) -> None:
-    """First loss to 1e-6 and first gradients to 1e-5, relative; weights after all steps to 1e-5."""
+    """First loss to 3e-6 and first gradients to 1e-5, relative; weights after all steps to 1e-5."""
     steps = [losses(folder / run) for folder, run in ((first, name), (second, other))]
     assert len(steps[0]) == len(steps[1])
-    assert steps[0][0] == pytest.approx(steps[1][0], rel=1e-6)
+    assert steps[0][0] == pytest.approx(steps[1][0], rel=3e-6)
     expected, found = (
         load_file(folder / f"{run}-gradients.safetensors") for folder, run in ((first, name), (second, other))
     )

@@ -13,8 +13,8 @@ from tiny_models import write_base
 from torch import Tensor
 
 from autoregembed_rag import AutoRegEncoder, FrozenDecoder
-from autoregembed_rag.encoder import compressed_states
 from autoregembed_rag.loading import embedding_table
+from autoregembed_rag.passes import compressed_states
 from autoregembed_rag.prompt import pad_right
 from autoregembed_rag.training.lora import LoraArguments, base_alone
 from autoregembed_rag.training.stage import recompute_activations

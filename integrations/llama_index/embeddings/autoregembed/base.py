@@ -43,8 +43,10 @@ class AutoRegEmbedding(BaseEmbedding):
         frozen=True,
         description="A bundled name, a checkpoint folder, a hub id, or a ready AutoRegEncoder.",
     )
-    device: str = Field(
-        default="auto", frozen=True, description='"cpu", "cuda", "cuda:1", ..., or the best one there is.'
+    device: str | list[str] = Field(
+        default="auto",
+        frozen=True,
+        description='"cpu", "cuda", "cuda:1", ..., a list of several, or the best one there is.',
     )
     dtype: str = Field(
         default="auto", frozen=True, description='"float32", "bfloat16", ..., or what the device does best.'
@@ -63,6 +65,9 @@ class AutoRegEmbedding(BaseEmbedding):
     )
     pooling: str | None = Field(
         default=None, frozen=True, description='"flatten" or "mean"; None: what is recorded.'
+    )
+    quantize: str | None = Field(
+        default=None, frozen=True, description='"int8" halves the memory of bfloat16 weights.'
     )
     batch_size: int | None = Field(
         default=None, gt=0, description="Texts per forward pass; None: the encoder's."
