@@ -4,13 +4,17 @@
     FOLDER/queries.jsonl       {"_id": "...", "text": "..."}
     FOLDER/qrels/SPLIT.tsv     query-id <tab> corpus-id <tab> score, with a header line
 
-Every score above 0 counts as relevant, with its grade for nDCG.
+Every score above 0 counts as relevant, with its grade for nDCG. Documents are read anew with every pass over them, so
+that a set of any size fits into memory.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
+from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 from tqdm import tqdm
 
 from autoregembed_rag.finetuning.judged import judgements
@@ -35,12 +39,30 @@ class Document(NamedTuple):
 Qrels = dict[str, dict[str, int]]
 
 
+class Documents(Sized, Iterable[Document], Protocol):
+    """So many documents, in the same order whenever they are read: a list, or a `Corpus`."""
+
+
+class Corpus:
+    """Documents that nothing holds: `read` begins anew."""
+
+    def __init__(self, read: Callable[[], Iterator[Document]], count: int) -> None:
+        self._read = read
+        self._count = count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[Document]:
+        return islice(self._read(), self._count)
+
+
 class RetrievalSet(NamedTuple):
     """Documents, the judged queries (id -> text) and their judgements (query id -> document id -> grade)."""
 
     name: str
     split: str
-    documents: list[Document]
+    documents: Documents
     queries: dict[str, str]
     qrels: Qrels
 
@@ -59,12 +81,10 @@ def load_folder(folder: Path, split: str = "test") -> RetrievalSet:
     for file in (corpus, questions, judgements):
         if not file.is_file():
             raise BenchmarkDataError(_missing(file, folder))
-    documents = [
-        Document(_text(row, "_id", where), _text(row, "title", where, ""), _text(row, "text", where))
-        for where, row in _json_lines(corpus)
-    ]
+    name = folder.resolve().name
+    documents = _counted(name, partial(_read_documents, corpus))
     texts = {_text(row, "_id", where): _text(row, "text", where) for where, row in _json_lines(questions)}
-    return _assemble(folder.resolve().name, split, documents, texts, _read_qrels(judgements))
+    return _assemble(name, split, documents, texts, _read_qrels(judgements))
 
 
 def hub_rows(dataset: str, configuration: str | None, split: str, instead: str) -> Any:  # noqa: ANN401
@@ -95,14 +115,15 @@ def load_hub(name: str, split: str | None = None) -> RetrievalSet:
     corpus = hub_rows(f"BeIR/{name}", "corpus", "corpus", instead)
     questions = hub_rows(f"BeIR/{name}", "queries", "queries", instead)
     judgements = hub_rows(f"BeIR/{name}-qrels", None, split, instead)
-    documents = [
-        Document(str(row["_id"]), row.get("title") or "", row["text"] or "")
-        for row in tqdm(corpus, desc="reading documents", unit="doc")
-    ]
+
+    def read() -> Iterator[Document]:
+        return (Document(str(row["_id"]), row.get("title") or "", row["text"] or "") for row in corpus)
+
     qrels: Qrels = {}
     for row in judgements:
         qrels.setdefault(str(row["query-id"]), {})[str(row["corpus-id"])] = int(row["score"])
-    return _assemble(name, split, documents, {str(row["_id"]): row["text"] for row in questions}, qrels)
+    texts = {str(row["_id"]): row["text"] for row in questions}
+    return _assemble(name, split, _counted(name, read), texts, qrels)
 
 
 def limit_documents(data: RetrievalSet, limit: int) -> RetrievalSet:
@@ -110,7 +131,7 @@ def limit_documents(data: RetrievalSet, limit: int) -> RetrievalSet:
 
     Easier than the whole set (fewer distractors, fewer answers to find): for trials, not for reporting.
     """
-    documents = data.documents[:limit]
+    documents = Corpus(partial(iter, data.documents), min(limit, len(data.documents)))
     kept = {document.id for document in documents}
     qrels = {
         query: {d: grade for d, grade in grades.items() if d in kept} for query, grades in data.qrels.items()
@@ -119,22 +140,34 @@ def limit_documents(data: RetrievalSet, limit: int) -> RetrievalSet:
 
 
 def _assemble(
-    name: str, split: str, documents: list[Document], texts: dict[str, str], qrels: Qrels
+    name: str, split: str, documents: Documents, texts: dict[str, str], qrels: Qrels
 ) -> RetrievalSet:
     """Keep the queries that have a relevant document, as BEIR and TREC do; an empty set is an error."""
-    if len({document.id for document in documents}) != len(documents):
-        raise BenchmarkDataError(f"{name}: a document _id occurs twice in the corpus; ids must be unique")
     judged = {query: grades for query, grades in qrels.items() if any(grade > 0 for grade in grades.values())}
     if unknown := judged.keys() - texts.keys():
         raise BenchmarkDataError(
             f"{name}: qrels of split {split!r} judge query {min(unknown)!r}, which the queries do not have"
         )
-    if not documents or not judged:
+    if not len(documents) or not judged:
         raise BenchmarkDataError(
             f"{name}: {len(documents)} documents and {len(judged)} queries with a relevant one are left; "
             "at least one of each is needed (with --limit, raise it)"
         )
     return RetrievalSet(name, split, documents, {query: texts[query] for query in judged}, judged)
+
+
+def _counted(name: str, read: Callable[[], Iterator[Document]]) -> Corpus:
+    """The corpus, once every document has been read and no id twice; eight bytes of each are kept meanwhile."""
+    rows = tqdm(read(), desc="reading documents", unit="doc", delay=2)
+    ids = np.fromiter((hash(document.id) for document in rows), dtype=np.int64)
+    if len(np.unique(ids)) != len(ids):
+        raise BenchmarkDataError(f"{name}: a document _id occurs twice in the corpus; ids must be unique")
+    return Corpus(read, len(ids))
+
+
+def _read_documents(file: Path) -> Iterator[Document]:
+    for where, row in _json_lines(file):
+        yield Document(_text(row, "_id", where), _text(row, "title", where, ""), _text(row, "text", where))
 
 
 def _missing(file: Path, folder: Path) -> str:
@@ -146,9 +179,8 @@ def _missing(file: Path, folder: Path) -> str:
 
 def _json_lines(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each line's place ("FILE, line N") and object."""
-    rows = tqdm(numbered_rows(file), desc=f"reading {file.name}", unit="line", delay=2)
     try:
-        for number, row in rows:
+        for number, row in numbered_rows(file):
             yield f"{file}, line {number}", row
     except ValueError as error:
         raise BenchmarkDataError(str(error)) from error

@@ -67,6 +67,17 @@ def table(
     return [title, *systems, *(f"vs {system}" for system in others)], rows
 
 
+def paired(found: Mapping[str, Any], first: str, other: str) -> list[float]:
+    """How many times better the first system did than the other, round by round."""
+    pairs = zip(found["rounds"][first], found["rounds"][other], strict=True)
+    return [a / b if found["unit"] == RATE else b / a for a, b in pairs]
+
+
+def spread(values: Sequence[float], unit: str) -> str:
+    """The median, with the least and the most."""
+    return f"{statistics.median(values):.3g}{unit} [{min(values):.3g}-{max(values):.3g}]"
+
+
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A GitHub table, numbers to the right."""
     rule = [":--", *["--:"] * (len(header) - 1)]

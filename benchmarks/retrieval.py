@@ -4,24 +4,31 @@ Without arguments: the offline set `pydoc` and the bundled model. Every system g
 line break, text). documents/s is encoding and indexing together; ms/query is the median of single queries,
 encoded and searched one at a time for the best 10; the index is what lies on disk, with the texts for a
 model, without them for BM25.
+
+Documents are read in passes, never held, and indexed on disk below the folder of the report: a run that is killed goes
+on where it stopped when it is started again. The indexes are deleted once the report is written.
 """
 
+import math
 import random
+import re
+import shutil
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from enum import Enum
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 try:
+    from autoregembed_indexes.kinds import DEFAULT_MEMORY_BUDGET, plan
     from autoregembed_rag.cli_index import human_bytes
     from benchmarks.beir import BenchmarkDataError, RetrievalSet, limit_documents, load_folder, load_hub
     from benchmarks.models import Bases, Compares, Models, load_candidates
@@ -34,6 +41,11 @@ except ImportError as error:
 
 LATENCY_QUERIES = 50
 LATENCY_DEPTH = 10
+LARGE = 20_000  # documents, beyond which a run says beforehand what it will take
+SAMPLE = 256  # documents, which tell
+BM25_DOCUMENTS = 1_000_000  # that bm25s is given, which holds them all
+ADDING = 0.2  # of the time of encoding: what adding to the index takes beside it
+INDEXES = "indexes"
 
 app = typer.Typer(add_completion=False)
 
@@ -51,7 +63,7 @@ class Result:
 
     system: str
     measures: dict[str, float]
-    documents_per_second: float
+    documents_per_second: float | None
     ms_per_query: float
     index_bytes: int
     details: dict[str, Any]
@@ -59,17 +71,19 @@ class Result:
 
 def evaluate(system: System, data: RetrievalSet, seed: int = 0) -> Result:
     """Index the documents, run all queries, then time a seeded sample of them one at a time."""
+    resumed_at = getattr(system, "resumed_at", 0)
     seconds = _seconds(lambda: system.index(data.documents))
+    indexed = len(data.documents) - resumed_at
     rankings = system.search(list(data.queries.values()), DEPTH)
     run = {query: dict(ranking) for query, ranking in zip(data.queries, rankings, strict=True)}
     sample = random.Random(seed).sample(sorted(data.queries), min(LATENCY_QUERIES, len(data.queries)))
     return Result(
         system=system.name,
         measures=score_run(data.qrels, run),
-        documents_per_second=len(data.documents) / seconds,
+        documents_per_second=indexed / seconds if indexed else None,
         ms_per_query=1000 * _median_seconds(system, [data.queries[query] for query in sample]),
         index_bytes=system.index_bytes(),
-        details=system.details(),
+        details={**system.details(), **({"resumed_at": resumed_at} if resumed_at else {})},
     )
 
 
@@ -123,14 +137,57 @@ def main(
         raise typer.Exit(2) from None
 
     print(f"{data.name} ({data.split}): {len(data.documents):,} documents, {len(data.queries):,} queries")
-    results = [evaluate(BM25(), data, seed)]
-    for candidate in candidates:
-        with ExitStack() as stack:
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()), "index")
-            system = Dense(candidate, folder, batch_size)
-            stack.callback(system.close)
-            results.append(evaluate(system, data, seed))
-    _report(data, results, out or Path("results", "retrieval", data.name), limit, seed)
+    out = out or Path("results", "retrieval", data.name)
+    results = []
+    try:
+        for candidate in candidates:
+            encoder = candidate.encoder
+            which = f"{candidate.name} {encoder.fingerprint} {encoder.dimension}"
+            name = re.sub(r"\W+", "-", which).strip("-")
+            with closing(Dense(candidate, out / INDEXES / name, batch_size)) as system:
+                if len(data.documents) > LARGE:
+                    print(forecast(system, data), flush=True)
+                results.append(evaluate(system, data, seed))
+    except (BenchmarkDataError, MemoryError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(2) from None
+    if len(data.documents) <= BM25_DOCUMENTS:
+        results.append(evaluate(BM25(), data, seed))
+    else:
+        print(f"BM25 is left out: bm25s would hold all {len(data.documents):,} documents in memory")
+    _report(data, results, out, limit, seed)
+    shutil.rmtree(out / INDEXES)
+
+
+def forecast(system: Dense, data: RetrievalSet) -> str:
+    """How long the documents that are left will take, and how much disk and memory all of them; BenchmarkDataError
+    where the disk has too little left."""
+    sample = [document.content for document in islice(data.documents, SAMPLE)]
+    count, left = len(data.documents), len(data.documents) - system.resumed_at
+    pace = len(sample) / _seconds(lambda: system.encoder.encode_documents(sample))
+    dimension = system.encoder.dimension
+    kind = plan("auto", count, dimension, DEFAULT_MEMORY_BUDGET)
+    vectors = count * kind.bytes_per_vector(dimension)
+    text = sum(len(text.encode()) for text in sample) / len(sample)
+    # The vector in half precision, the text, about as much again for the index of its words, and bookkeeping.
+    disk = vectors + count * (2 * dimension + 2 * text + 200)
+    free = shutil.disk_usage(system.folder).free
+    if left / count * disk > free:
+        raise BenchmarkDataError(
+            f"{human_bytes(disk)} of disk are needed for {count:,} documents, and {system.folder} has "
+            f"{human_bytes(free)} left: give an --out with more, or a --limit, --num-tokens or --pooling mean"
+        )
+    seconds = left / pace * (1 + ADDING)
+    return (
+        f"{system.name}: {left:,} documents to encode, about {_duration(seconds)} at {pace:,.0f} documents/s; "
+        f"{human_bytes(disk)} of disk, {human_bytes(vectors)} of memory for vectors. "
+        "A run that is killed goes on where it stopped"
+    )
+
+
+def _duration(seconds: float) -> str:
+    hours, minutes = divmod(math.ceil(seconds / 60), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
 
 
 def load_data(data_dir: Path | None, dataset: str | None, split: str | None) -> RetrievalSet:
@@ -147,14 +204,13 @@ def load_data(data_dir: Path | None, dataset: str | None, split: str | None) -> 
 
 
 def _report(data: RetrievalSet, results: list[Result], out: Path, limit: int | None, seed: int) -> None:
-    results = results[1:] + results[:1]  # the models first, BM25 beside them
     print_table(
         ["system", *MEASURES, "documents/s", "ms/query", "index"],
         [
             [
                 result.system,
                 *(f"{result.measures[name]:.4f}" for name in MEASURES),
-                f"{result.documents_per_second:,.0f}",
+                "-" if result.documents_per_second is None else f"{result.documents_per_second:,.0f}",
                 f"{result.ms_per_query:.2f}",
                 human_bytes(result.index_bytes),
             ]

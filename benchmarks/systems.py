@@ -1,7 +1,9 @@
 """What is compared: an embedding model with a `DocumentIndex`, and BM25. Both see the same strings."""
 
 import tempfile
+from collections import deque
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -10,7 +12,7 @@ import Stemmer
 from tqdm import tqdm
 
 from autoregembed_indexes import DocumentIndex
-from benchmarks.beir import Document
+from benchmarks.beir import BenchmarkDataError, Document, Documents
 from benchmarks.models import HYBRID, Candidate
 
 Ranking = list[tuple[str, float]]
@@ -26,7 +28,7 @@ class System(Protocol):
 
     @property
     def name(self) -> str: ...
-    def index(self, documents: Sequence[Document]) -> None: ...
+    def index(self, documents: Documents) -> None: ...
     def search(self, queries: Sequence[str], k: int) -> list[Ranking]: ...
     def index_bytes(self) -> int: ...
     def details(self) -> dict[str, Any]: ...
@@ -42,7 +44,7 @@ class BM25:
         self._model = bm25s.BM25(k1=0.9, b=0.4)
         self._ids: list[str] = []
 
-    def index(self, documents: Sequence[Document]) -> None:
+    def index(self, documents: Documents) -> None:
         """Tokenise and index `documents`."""
         self._ids = [document.id for document in documents]
         slow = len(documents) > SILENT_BM25_DOCUMENTS
@@ -74,31 +76,50 @@ class BM25:
 
 
 class Dense:
-    """An encoder and a `DocumentIndex` on disk, in `folder`; for a hybrid candidate the words of the query, too."""
+    """An encoder and a `DocumentIndex` on disk, in `folder`; for a hybrid candidate the words of the query, too.
+
+    An index that is there already, of a run that was killed, is gone on with.
+    """
 
     def __init__(self, candidate: Candidate, folder: Path, batch_size: int | None = None) -> None:
         self.name = candidate.name
         self._candidate = candidate
-        self._encoder = encoder = candidate.encoder
-        self._folder = folder
+        self.encoder = encoder = candidate.encoder
+        self.folder = folder
         self._batch_size = batch_size
-        self._index = DocumentIndex.create(folder, dimension=encoder.dimension, encoder=encoder.fingerprint)
+        settings = {"dimension": encoder.dimension, "encoder": encoder.fingerprint}
+        self._index = (
+            DocumentIndex.open(folder, **settings)
+            if DocumentIndex.exists(folder)
+            else DocumentIndex.create(folder, **settings)
+        )
+        self.resumed_at = len(self._index)
 
-    def index(self, documents: Sequence[Document]) -> None:
-        """Encode and store `documents`, a few thousand at a time: memory holds the vectors of those only."""
-        with tqdm(total=len(documents), desc=f"{self.name}: documents", unit="doc") as progress:
-            for chunk in _chunks(documents, DOCUMENTS_PER_CHUNK):
+    def index(self, documents: Documents) -> None:
+        """Encode and store `documents`, a few thousand at a time: memory holds those only, and what is stored stays."""
+        done, rest = self.resumed_at, iter(documents)
+        self._check_same(done, _last(rest, done))
+        with tqdm(total=len(documents), initial=done, desc=f"{self.name}: documents", unit="doc") as progress:
+            while chunk := list(islice(rest, DOCUMENTS_PER_CHUNK)):
                 texts = [document.content for document in chunk]
-                vectors = self._encoder.encode_documents(texts, batch_size=self._batch_size)
+                vectors = self.encoder.encode_documents(texts, batch_size=self._batch_size)
                 self._index.add(vectors, texts, ids=[document.id for document in chunk])
                 progress.update(len(chunk))
+
+    def _check_same(self, done: int, last: list[Document]) -> None:
+        """BenchmarkDataError if the index holds other documents than the first so many, of which some are given."""
+        stored = [found.text for found in self._index.get([document.id for document in last])]
+        if stored != [document.content for document in last] or (done and not last):
+            raise BenchmarkDataError(
+                f"{self.folder} holds an index of other documents: delete it, or give another --out"
+            )
 
     def search(self, queries: Sequence[str], k: int) -> list[Ranking]:
         """Encode `queries` and return the best `k` documents of each."""
         rankings: list[Ranking] = []
         chunks = list(_chunks(queries, QUERIES_PER_CHUNK))
         for chunk in tqdm(chunks, desc=f"{self.name}: queries", unit="batch", disable=len(chunks) == 1):
-            vectors = self._encoder.encode_queries(chunk, batch_size=self._batch_size)
+            vectors = self.encoder.encode_queries(chunk, batch_size=self._batch_size)
             if self._candidate.use == HYBRID:
                 found = self._index.search_hybrid(vectors, chunk, k)
             else:
@@ -108,7 +129,7 @@ class Dense:
 
     def index_bytes(self) -> int:
         """Bytes of the index's folder: vectors, texts, ids and their bookkeeping."""
-        return folder_bytes(self._folder)
+        return folder_bytes(self.folder)
 
     def details(self) -> dict[str, Any]:
         """Which model this was."""
@@ -122,6 +143,13 @@ class Dense:
 def folder_bytes(folder: Path) -> int:
     """Bytes of all files below `folder`."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _last(documents: Iterator[Document], count: int) -> list[Document]:
+    """The last chunk of the first `count`, having read these."""
+    last: deque[Document] = deque(maxlen=DOCUMENTS_PER_CHUNK)
+    last.extend(tqdm(islice(documents, count), total=count, desc="read again", unit="doc", delay=2))
+    return list(last)
 
 
 def _chunks(items: Sequence[Any], size: int) -> Iterator[list[Any]]:

@@ -22,7 +22,6 @@ import numpy as np
 import torch
 import typer
 from matplotlib.figure import Figure
-from torch import nn
 from transformers import logging as transformers_logging
 
 try:
@@ -31,9 +30,12 @@ try:
     from autoregembed_rag.loading import resolve_device, resolve_dtype
     from autoregembed_rag.training.data import AlignmentRow, CompressionRow
     from autoregembed_rag.training.sources import read_jsonl
-    from benchmarks.measures import Measures, markdown
+    from benchmarks.machine import attention, encode_operations, matmul_peak, matrix_entries
+    from benchmarks.measures import Measures, markdown, paired, spread
     from benchmarks.report import environment, print_table, write_json
-    from benchmarks.training_steps import OURS, PLAIN, SHAPES, Job, Row, Worker
+    from benchmarks.shapes import SHAPES
+    from benchmarks.training_steps import OURS, PLAIN, Job, Row, take_steps
+    from benchmarks.turns import Worker
 except ImportError as error:
     raise ImportError(f'{error}; the benchmarks need: pip install -e ".[train,bench]"') from error
 
@@ -93,30 +95,20 @@ def least_operations(
     computed again, of the encoder's last layer keys and values of all tokens and the rest at the compressed ones, and
     no gradient for the decoder's weights."""
     body = matrix_entries(encoder.model)
-    last = encoder.model.layers[-1]
-    read_last = sum(map(matrix_entries, (last.self_attn.q_proj, last.self_attn.o_proj, last.mlp)))
     head = decoder.model.get_output_embeddings().weight.numel()
     config = encoder.model.config
     k = encoder.num_compressed_tokens
 
-    def attention(tokens: int, layers: int) -> int:  # scores and their sums, over what stands to the left
-        return 2 * layers * config.hidden_size * tokens**2
-
-    def encoded(tokens: int) -> int:  # forward, and backward for states and weights
-        products = 2 * (body * tokens - read_last * (tokens - k)) + 4 * config.hidden_size * k * tokens
-        return 3 * (products + attention(tokens, config.num_hidden_layers - 1))
-
     def decoded(targets: int) -> int:  # forward, and backward for states alone; the last token is not read
         read = k + targets - 1
-        return 2 * (2 * body * read + 2 * head * targets) + 3 * attention(read, config.num_hidden_layers)
+        return 2 * (2 * body * read + 2 * head * targets) + 3 * attention(
+            config, read, config.num_hidden_layers
+        )
 
     prompts, targets = texts_of(encoder, decoder, stage, rows)
-    return float(sum(map(encoded, map(len, prompts))) + sum(map(decoded, map(len, targets))))
-
-
-def matrix_entries(model: nn.Module) -> int:
-    """Of all linear layers: a token takes a multiplication and an addition for each."""
-    return sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, nn.Linear))
+    # Forward, and backward for states and weights.
+    encoded = 3 * encode_operations(encoder, [len(prompt) for prompt in prompts])
+    return float(encoded + sum(map(decoded, map(len, targets))))
 
 
 def texts_of(
@@ -133,24 +125,14 @@ def texts_of(
     return queries + selves, positives * 2 + decoder.target_ids([row.neg[0] for row in rows])
 
 
-def matmul_peak(device: torch.device, dtype: torch.dtype, seconds: float = 2.0) -> float:
-    """Operations per second of the fastest square matrix product, of 1024 rows, or 8192 on CUDA."""
-    n = 8192 if device.type == "cuda" else 1024
-    left, right = (torch.randn(n, n).to(device, dtype) for _ in range(2))
-    fastest = float("inf")
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        start = time.perf_counter()
-        (left @ right)[0, 0].item()  # waits for the device
-        fastest = min(fastest, time.perf_counter() - start)
-    return 2 * n**3 / fastest
-
-
 def measure(job: Job, rounds: int, measures: Measures) -> dict[str, Any]:
     """Let both systems take turns over the batches of `job`, into `measures`; how far they agree."""
     steps: dict[str, list[dict[str, Any]]] = {OURS: [], PLAIN: []}
     with ExitStack() as stack:
-        workers = [stack.enter_context(Worker(replace(job, system=system))) for system in steps]
+        workers = [
+            stack.enter_context(Worker(take_steps, replace(job, system=system), f"{system}, {job.stage}"))
+            for system in steps
+        ]
         loaded = {worker.job.system: worker.loaded()["memory"] for worker in workers}
         for number in range(WARM_UP + rounds):
             # Who goes first changes: a machine that slows down does so for both.
@@ -183,17 +165,6 @@ def agreement(job: Job, steps: dict[str, list[dict[str, Any]]]) -> dict[str, Any
     return found
 
 
-def paired(found: dict[str, Any]) -> list[float]:
-    """Plain / ours, round by round."""
-    own, other = found["rounds"][OURS], found["rounds"][PLAIN]
-    return [b / a for a, b in zip(own, other, strict=True)]
-
-
-def spread(values: Sequence[float], unit: str) -> str:
-    """The median, with the least and the most."""
-    return f"{statistics.median(values):.3g}{unit} [{min(values):.3g}-{max(values):.3g}]"
-
-
 def table(record: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Header and rows: time and memory of each configuration, ours and plain."""
     rows = []
@@ -202,7 +173,7 @@ def table(record: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         row = [
             name,
             *(spread(step["rounds"][system], " s") for system in (OURS, PLAIN)),
-            spread(paired(step), "x"),
+            spread(paired(step, OURS, PLAIN), "x"),
         ]
         row += [f"{result['share of matmul peak'][OURS]:.0%}", f"{result['share of matmul peak'][PLAIN]:.0%}"]
         if peak:
@@ -237,7 +208,7 @@ def compare(job: Job, rounds: int, peak: float) -> dict[str, Any]:
     found = measures.record(OURS)
     for name in ("step", "processor time of a step", "peak memory"):
         if name in found:
-            found[name]["ratios"] = {PLAIN: statistics.median(paired(found[name]))}
+            found[name]["ratios"] = {PLAIN: statistics.median(paired(found[name], OURS, PLAIN))}
     encoder, decoder = job.load()
     counted = job.rows[WARM_UP * job.batch_size :]
     least = least_operations(encoder, decoder, job.stage, counted) / rounds

@@ -3,9 +3,7 @@
 A process that has done its step waits while another does, so two that are compared take turns on one machine.
 """
 
-import multiprocessing
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -17,9 +15,6 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import (
-    AutoTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
     PrinterCallback,
     ProgressCallback,
     Trainer,
@@ -29,7 +24,6 @@ from transformers import (
 from transformers import logging as transformers_logging
 
 from autoregembed_rag import AutoRegEncoder, FrozenDecoder
-from autoregembed_rag.decoder import decoder_folder
 from autoregembed_rag.training import stage
 from autoregembed_rag.training.alignment import train_alignment
 from autoregembed_rag.training.arguments import AlignmentArguments, CompressionArguments
@@ -37,52 +31,14 @@ from autoregembed_rag.training.compression import train_compression
 from autoregembed_rag.training.data import AlignmentRow, CompressionRow
 from autoregembed_rag.training.trainer import StageTrainer
 from benchmarks.plain_training import PlainPasses
+from benchmarks.turns import Turns
 
 OURS, PLAIN = "autoregembed-rag", "plain passes"
 # AdamW moves every weight by about this much a step, whatever its gradient: float32 hardly notices.
 LEARNING_RATE = 1e-9
-STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 Row = AlignmentRow | CompressionRow
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A random Llama over the tokenizer of `mini`, whose vocabulary is filled up with tokens that no text has."""
-
-    hidden: int
-    layers: int
-    heads: int
-    intermediate: int
-    vocabulary: int
-    batch_size: int
-
-    def write(self, folder: Path) -> Path:
-        """Make the folder of a base language model: input and output embeddings apart, seed 0."""
-        tokenizer = AutoTokenizer.from_pretrained(decoder_folder("mini"))
-        torch.manual_seed(0)
-        config = LlamaConfig(
-            vocab_size=max(self.vocabulary, len(tokenizer)),
-            hidden_size=self.hidden,
-            intermediate_size=self.intermediate,
-            num_hidden_layers=self.layers,
-            num_attention_heads=self.heads,
-            num_key_value_heads=self.heads,
-            max_position_embeddings=1024,
-            tie_word_embeddings=False,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-        )
-        LlamaForCausalLM(config).save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        return folder
-
-
-SHAPES = {
-    "58m": Shape(hidden=512, layers=8, heads=8, intermediate=1376, vocabulary=32_000, batch_size=32),
-    "tiny": Shape(hidden=32, layers=2, heads=4, intermediate=64, vocabulary=0, batch_size=4),
-}
 
 
 @dataclass(frozen=True)
@@ -120,43 +76,6 @@ class Job:
         return encoder, FrozenDecoder.from_pretrained(self.base, device=self.device, dtype=dtype)
 
 
-class Turns:
-    """This process's side of the taking of turns: a step lasts from the other side's word to its report."""
-
-    def __init__(self, pipe: "Connection[Any, Any]", device: torch.device) -> None:
-        self._pipe = pipe
-        self._device = device
-
-    def ready(self) -> None:
-        """Say that all is loaded, and wait for the first turn; from here on memory counts."""
-        loaded = memory(self._device, "now")
-        reset_peak(self._device)
-        self._pipe.send({"memory": loaded})
-        self._wait()
-
-    def report(self, loss: float, gradient_norm: float) -> None:
-        """End a step, and wait for the next turn."""
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        seconds = time.perf_counter() - self._start
-        worked = time.process_time() - self._worked
-        self._pipe.send(
-            {
-                "seconds": seconds,
-                "processor seconds": worked,
-                "peak": memory(self._device, "peak"),
-                "loss": loss,
-                "gradient norm": gradient_norm,
-            }
-        )
-        self._wait()
-
-    def _wait(self) -> None:
-        self._pipe.recv()
-        self._start = time.perf_counter()
-        self._worked = time.process_time()  # of all threads: tells much on a machine that others use too
-
-
 class TurnTaking(TrainerCallback):
     """Ends a turn where Trainer logs a step, which is the last that it does for one."""
 
@@ -170,7 +89,7 @@ class TurnTaking(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:  # noqa: ANN401, ARG002
         """A step is done; what Trainer logs once all are is no step."""
         if "loss" in logs:
-            self.turns.report(logs["loss"], logs["grad_norm"])
+            self.turns.report({"loss": logs["loss"], "gradient norm": logs["grad_norm"]})
 
 
 def take_steps(job: Job, pipe: "Connection[Any, Any]") -> None:
@@ -230,70 +149,9 @@ def plain_steps(job: Job, encoder: AutoRegEncoder, decoder: FrozenDecoder, turns
         norm = nn.utils.clip_grad_norm_(passes.body.parameters(), arguments.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
-        turns.report(loss.item(), norm.item())
+        turns.report({"loss": loss.item(), "gradient norm": norm.item()})
 
 
 def in_batches(rows: Sequence[T], size: int) -> Iterator[Sequence[T]]:
     """Neighbours together, `size` at a time."""
     return (rows[start : start + size] for start in range(0, len(rows), size))
-
-
-def memory(device: torch.device, which: Literal["now", "peak"]) -> int | None:
-    """Bytes: of the device's memory on CUDA, else of the process's; None where no /proc tells."""
-    if device.type == "cuda":
-        return (torch.cuda.memory_allocated if which == "now" else torch.cuda.max_memory_allocated)(device)
-    if not STATUS.is_file():
-        return None
-    lines = dict(line.split(":", 1) for line in STATUS.read_text(encoding="ascii").splitlines())
-    return 1024 * int(lines["VmRSS" if which == "now" else "VmHWM"].split()[0])
-
-
-def reset_peak(device: torch.device) -> None:
-    """Forget how much memory loading took."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    elif RESET.is_file():
-        RESET.write_text("5", encoding="ascii")
-
-
-class Worker:
-    """A process that steps when told to."""
-
-    def __init__(self, job: Job) -> None:
-        self.job = job
-        context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=take_steps, args=(job, theirs), daemon=True)
-        self._process.start()
-        theirs.close()  # or the end of the process would not be the end of the pipe
-
-    def loaded(self) -> dict[str, Any]:
-        """Wait until all is loaded: memory."""
-        return self._receive()
-
-    def step(self) -> dict[str, Any]:
-        """One turn: seconds, peak so far, loss and gradient norm."""
-        self._pipe.send("go")
-        return self._receive()
-
-    def __enter__(self) -> "Worker":
-        return self
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        """Let the process end by itself; end it where something went wrong."""
-        if kind is None:
-            self._pipe.send("go")
-        else:
-            self._process.terminate()
-        self._process.join()
-        self._pipe.close()
-
-    def _receive(self) -> dict[str, Any]:
-        try:
-            return dict(self._pipe.recv())
-        except EOFError:
-            self._process.join()
-            raise RuntimeError(
-                f"the process of {self.job.system}, {self.job.stage}, ended with code {self._process.exitcode}; "
-                "what went wrong stands above"
-            ) from None

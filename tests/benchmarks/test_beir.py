@@ -115,7 +115,7 @@ def test_the_hub_loader_reads_msmarcos_dev_split_and_makes_ids_text(monkeypatch)
     )
     data = load_hub("msmarco")
     assert (data.name, data.split) == ("msmarco", "validation")
-    assert data.documents == [Document("7", "", "A passage.")]
+    assert list(data.documents) == [Document("7", "", "A passage.")]
     assert data.queries == {"3": "what"}
     assert data.qrels == {"3": {"7": 1}}
 

@@ -14,7 +14,9 @@ pytest.importorskip("ir_measures")
 pytest.importorskip("langchain_core")
 pytest.importorskip("matplotlib")
 
-from benchmarks import demo, retrieval, sts
+from autoregembed_indexes import DocumentIndex
+from benchmarks import demo, latency, passages, retrieval, sts, systems
+from benchmarks.beir import load_folder
 from benchmarks.models import BaseModel, SentenceTransformerModel, load_candidates
 from benchmarks.pydoc import standard_library_documents
 
@@ -90,6 +92,98 @@ def test_retrieval_reports_model_base_and_bm25_and_writes_json_and_png(
     assert record["cpu"]
     assert record["versions"]["torch"]
     assert (out / "results.png").read_bytes().startswith(b"\x89PNG")
+
+
+class Killed(BaseException):
+    """As far as a test can be killed."""
+
+
+def killed_after(chunks: int, monkeypatch) -> None:
+    """`DocumentIndex.add` returns so often, and no more."""
+    add, done = DocumentIndex.add, []
+
+    def adding(self, *arguments, **keywords):
+        if len(done) == chunks:
+            raise Killed
+        done.append(1)
+        return add(self, *arguments, **keywords)
+
+    monkeypatch.setattr(DocumentIndex, "add", adding)
+
+
+def test_a_killed_run_goes_on_where_it_stopped(beir_folder, tiny_checkpoint, tmp_path, monkeypatch):
+    arguments = ["--data-dir", beir_folder, "--model", tiny_checkpoint, "--out"]
+    assert run(retrieval.app, *arguments, tmp_path / "whole").exit_code == 0
+    monkeypatch.setattr(systems, "DOCUMENTS_PER_CHUNK", 3)
+    with monkeypatch.context() as patch:
+        killed_after(2, patch)
+        assert isinstance(run(retrieval.app, *arguments, tmp_path / "out").exception, Killed)
+    result = run(retrieval.app, *arguments, tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    whole, resumed = (
+        json.loads((tmp_path / name / "results.json").read_text(encoding="utf-8"))["results"]
+        for name in ("whole", "out")
+    )
+    assert resumed[0]["details"]["resumed_at"] == 6
+    assert [entry["measures"] for entry in resumed] == [entry["measures"] for entry in whole]
+    assert not (tmp_path / "out" / "indexes").exists()
+
+
+def test_an_index_of_other_documents_is_refused_and_kept(beir_folder, tiny_checkpoint, tmp_path, monkeypatch):
+    arguments = ["--data-dir", beir_folder, "--model", tiny_checkpoint, "--out", tmp_path / "out"]
+    monkeypatch.setattr(systems, "DOCUMENTS_PER_CHUNK", 3)
+    with monkeypatch.context() as patch:
+        killed_after(2, patch)
+        run(retrieval.app, *arguments)
+    corpus = beir_folder / "corpus.jsonl"
+    corpus.write_text(corpus.read_text(encoding="utf-8").replace("All about", "Nothing on"), encoding="utf-8")
+    result = run(retrieval.app, *arguments)
+    assert result.exit_code == 2
+    assert "holds an index of other documents: delete it, or give another --out" in result.stderr
+    assert list((tmp_path / "out" / "indexes").iterdir())
+
+
+def test_a_large_run_says_beforehand_what_it_takes(beir_folder, tiny_checkpoint, tmp_path, monkeypatch):
+    arguments = ["--data-dir", beir_folder, "--model", tiny_checkpoint, "--out", tmp_path / "out"]
+    monkeypatch.setattr(retrieval, "LARGE", 10)
+    monkeypatch.setattr(retrieval, "BM25_DOCUMENTS", 10)
+    result = run(retrieval.app, *arguments)
+    assert result.exit_code == 0, result.output
+    assert "12 documents to encode, about 1 min at" in result.output
+    assert "BM25 is left out" in result.output
+    full = shutil._ntuple_diskusage(100, 100, 0)
+    monkeypatch.setattr(retrieval.shutil, "disk_usage", lambda _: full)
+    result = run(retrieval.app, *arguments)
+    assert result.exit_code == 2
+    assert "give an --out with more" in result.stderr
+
+
+def test_made_passages_are_a_set_that_can_be_searched(tmp_path):
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    text = " ".join(f"word{i}" for i in range(400))
+    (corpus / "pretrain-0.jsonl").write_text(json.dumps({"text": text}) + "\n", encoding="utf-8")
+    pair = {"query": "What is a fox?", "pos": "A fox is an animal.", "source": passages.SOURCE}
+    (corpus / "pairs.jsonl").write_text(json.dumps(pair) + "\n", encoding="utf-8")
+    passages.main(tmp_path / "out", count=5, questions=1, corpus=corpus)
+    data = load_folder(tmp_path / "out")
+    assert data.queries == {"q0": "What is a fox?"}
+    assert data.qrels == {"q0": {"d0": 1}}
+    found = list(data.documents)
+    assert [document.id for document in found] == [f"d{i}" for i in range(5)]
+    assert found[0].text == "A fox is an animal."
+    assert len(found[1].text.split()) == passages.WORDS
+
+
+def test_latency_prints_each_kind_with_its_recall(beir_folder, tiny_checkpoint, tmp_path):
+    result = run(
+        latency.app,
+        *("--data-dir", beir_folder, "--model", tiny_checkpoint, "--kinds", "Flat", "--out", tmp_path),
+    )
+    assert result.exit_code == 0, result.output
+    record = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    assert {kind: row["recall"] for kind, row in record["kinds"].items()} == {"SQfp16": 1, "Flat": 1}
+    assert record["floor of exact search, ms"] == 1000 * 2 * 12 * 160 / record["bandwidth"]
 
 
 def test_fewer_tokens_and_mean_pooling_change_the_dimension(beir_folder, tiny_checkpoint, tmp_path):

@@ -15,8 +15,8 @@ pytest.importorskip("matplotlib")
 from torch.utils.flop_counter import FlopCounterMode
 
 from autoregembed_rag import AutoRegEncoder, FrozenDecoder
-from autoregembed_rag.encoder import compressed_states
 from autoregembed_rag.losses import conditional_distribution_alignment_loss
+from autoregembed_rag.passes import compressed_states
 from autoregembed_rag.training.data import AlignmentRow, CompressionRow
 from benchmarks import train
 from benchmarks.plain_training import PlainPasses

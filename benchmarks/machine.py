@@ -1,0 +1,48 @@
+"""What a machine can do at most, and how much a model asks of it at least."""
+
+import time
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig
+
+from autoregembed_rag import AutoRegEncoder
+
+
+def encode_operations(encoder: AutoRegEncoder, lengths: Iterable[int]) -> float:
+    """Floating-point operations without which prompts of these lengths cannot be encoded: nothing padded, and of the
+    last layer keys and values of all tokens and the rest at the compressed ones."""
+    config, k = encoder.model.config, encoder.num_compressed_tokens
+    body = matrix_entries(encoder.model)
+    last = encoder.model.layers[-1]
+    read_last = sum(map(matrix_entries, (last.self_attn.q_proj, last.self_attn.o_proj, last.mlp)))
+
+    def encoded(tokens: int) -> int:
+        products = 2 * (body * tokens - read_last * (tokens - k)) + 4 * config.hidden_size * k * tokens
+        return products + attention(config, tokens, config.num_hidden_layers - 1)
+
+    return float(sum(map(encoded, lengths)))
+
+
+def attention(config: PretrainedConfig, tokens: int, layers: int) -> int:
+    """Operations of scores and their sums, over what stands to the left."""
+    return 2 * layers * int(config.hidden_size) * tokens**2
+
+
+def matrix_entries(model: nn.Module) -> int:
+    """Of all linear layers: a token takes a multiplication and an addition for each."""
+    return sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, nn.Linear))
+
+
+def matmul_peak(device: torch.device, dtype: torch.dtype, seconds: float = 2.0) -> float:
+    """Operations per second of the fastest square matrix product, of 1024 rows, or 8192 on CUDA."""
+    n = 8192 if device.type == "cuda" else 1024
+    left, right = (torch.randn(n, n).to(device, dtype) for _ in range(2))
+    fastest = float("inf")
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        (left @ right)[0, 0].item()  # waits for the device
+        fastest = min(fastest, time.perf_counter() - start)
+    return 2 * n**3 / fastest
