@@ -6,7 +6,6 @@ systems that do not agree are an error, not a result.
 """
 
 import json
-import os
 import random
 import statistics
 import sys
@@ -29,7 +28,7 @@ try:
     from autoregembed_rag.loading import resolve_device, resolve_dtype, resolve_folder
     from benchmarks.beir import BenchmarkDataError
     from benchmarks.encode_systems import LIBRARY, LOOP, OURS, Job, fitting, take_turns
-    from benchmarks.machine import encode_operations, matmul_peak
+    from benchmarks.machine import circumstances, encode_operations, matmul_peak
     from benchmarks.measures import RATE, Measures, markdown, paired, ratio_chart, spread
     from benchmarks.pydoc import load_pydoc
     from benchmarks.report import environment, print_table, write_json
@@ -228,12 +227,7 @@ def main(
         "parameters": encoder.model.num_parameters(),
         "rounds": rounds,
         "seed": seed,
-        "device": torch.cuda.get_device_name(place) if place.type == "cuda" else str(place),
-        "precision": str(kind).removeprefix("torch."),
-        "threads": torch.get_num_threads(),
-        "matmul peak": peak,
-        "load": os.getloadavg()[0],
-        "seconds": time.perf_counter() - start,
+        **circumstances(place, kind, peak, start),
         **environment(),
         "texts": results,
     }

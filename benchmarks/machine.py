@@ -1,7 +1,9 @@
 """What a machine can do at most, and how much a model asks of it at least."""
 
+import os
 import time
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -46,3 +48,15 @@ def matmul_peak(device: torch.device, dtype: torch.dtype, seconds: float = 2.0) 
         (left @ right)[0, 0].item()  # waits for the device
         fastest = min(fastest, time.perf_counter() - start)
     return 2 * n**3 / fastest
+
+
+def circumstances(device: torch.device, dtype: torch.dtype, peak: float, start: float) -> dict[str, Any]:
+    """What a report says of the machine as it was used since `start`, in seconds of `time.perf_counter`."""
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "precision": str(dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "matmul peak": peak,
+        "load": os.getloadavg()[0],
+        "seconds": time.perf_counter() - start,
+    }

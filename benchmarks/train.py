@@ -6,7 +6,6 @@ turns: a turn is one whole step, from texts to updated weights. The learning rat
 were, so every step's loss and gradient can be compared: a pair that does not agree is an error, not a result.
 """
 
-import os
 import random
 import statistics
 import sys
@@ -30,7 +29,7 @@ try:
     from autoregembed_rag.loading import resolve_device, resolve_dtype
     from autoregembed_rag.training.data import AlignmentRow, CompressionRow
     from autoregembed_rag.training.sources import read_jsonl
-    from benchmarks.machine import attention, encode_operations, matmul_peak, matrix_entries
+    from benchmarks.machine import attention, circumstances, encode_operations, matmul_peak, matrix_entries
     from benchmarks.measures import Measures, markdown, paired, spread
     from benchmarks.report import environment, print_table, write_json
     from benchmarks.shapes import SHAPES
@@ -290,12 +289,7 @@ def main(
         "rows": sources,
         "rounds": rounds,
         "seed": seed,
-        "device": torch.cuda.get_device_name(place) if place.type == "cuda" else str(place),
-        "precision": str(dtype).removeprefix("torch."),
-        "threads": torch.get_num_threads(),
-        "matmul peak": peak,
-        "load": os.getloadavg()[0],
-        "seconds": time.perf_counter() - start,
+        **circumstances(place, dtype, peak, start),
         **environment(),
         "configurations": configurations,
     }
