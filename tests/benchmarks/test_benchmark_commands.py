@@ -117,7 +117,8 @@ def test_a_killed_run_goes_on_where_it_stopped(beir_folder, tiny_checkpoint, tmp
     monkeypatch.setattr(systems, "DOCUMENTS_PER_CHUNK", 3)
     with monkeypatch.context() as patch:
         killed_after(2, patch)
-        assert isinstance(run(retrieval.app, *arguments, tmp_path / "out").exception, Killed)
+        with pytest.raises(Killed):
+            run(retrieval.app, *arguments, tmp_path / "out")
     result = run(retrieval.app, *arguments, tmp_path / "out")
     assert result.exit_code == 0, result.output
     whole, resumed = (
@@ -134,7 +135,8 @@ def test_an_index_of_other_documents_is_refused_and_kept(beir_folder, tiny_check
     monkeypatch.setattr(systems, "DOCUMENTS_PER_CHUNK", 3)
     with monkeypatch.context() as patch:
         killed_after(2, patch)
-        run(retrieval.app, *arguments)
+        with pytest.raises(Killed):
+            run(retrieval.app, *arguments)
     corpus = beir_folder / "corpus.jsonl"
     corpus.write_text(corpus.read_text(encoding="utf-8").replace("All about", "Nothing on"), encoding="utf-8")
     result = run(retrieval.app, *arguments)

@@ -337,11 +337,11 @@ def test_compression_is_the_librarys_own_stage(tiny_base, tmp_path):
 def test_both_sides_are_embedded_under_the_same_instruction(tiny_base, monkeypatch):
     encoder = AutoRegEncoder.from_base(tiny_base, device="cpu", dtype="float32", max_length=100)
     used = set()
-    build = PromptBuilder.build
+    build_all = PromptBuilder.build_all
     monkeypatch.setattr(
         PromptBuilder,
-        "build",
-        lambda self, texts, instruction: used.add(instruction) or build(self, texts, instruction),
+        "build_all",
+        lambda self, texts, instructions: used.update(instructions) or build_all(self, texts, instructions),
     )
     pairs = {"set": Pairs("set", np.array([1.0, 2.0, 3.0]), ["a", "b", "c"], ["d", "a", "b"])}
     correlations(learning_systems._embed(encoder), pairs)
