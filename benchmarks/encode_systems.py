@@ -42,7 +42,6 @@ class Job:
     device: str
     dtype: str
     threads: int
-    options: tuple[tuple[str, Any], ...] = ()
 
 
 def prompt_ending(encoder: AutoRegEncoder) -> str:
@@ -63,9 +62,7 @@ def fitting(encoder: AutoRegEncoder, texts: Sequence[str]) -> list[str]:
 
 def our_encoder(job: Job) -> Encode:
     """As anyone uses it."""
-    encoder = AutoRegEncoder.from_pretrained(
-        job.model, device=job.device, dtype=job.dtype, **dict(job.options)
-    )
+    encoder = AutoRegEncoder.from_pretrained(job.model, device=job.device, dtype=job.dtype)
     width = encoder.hidden_size
 
     def encode(texts: Sequence[str]) -> np.ndarray:
