@@ -5,7 +5,6 @@ weights in the same precision. Each system is a process of its own, and they tak
 systems that do not agree are an error, not a result.
 """
 
-import json
 import random
 import statistics
 import sys
@@ -26,7 +25,7 @@ try:
     from autoregembed_rag import AutoRegEncoder
     from autoregembed_rag.cli_index import human_bytes
     from autoregembed_rag.loading import resolve_device, resolve_dtype, resolve_folder
-    from benchmarks.beir import BenchmarkDataError
+    from benchmarks.beir import BenchmarkDataError, load_folder
     from benchmarks.encode_systems import LIBRARY, LOOP, OURS, Job, fitting, take_turns
     from benchmarks.machine import circumstances, encode_operations, matmul_peak
     from benchmarks.measures import RATE, Measures, markdown, paired, ratio_chart, spread
@@ -64,11 +63,7 @@ def mixed_texts() -> list[str]:
 
 def long_texts() -> list[str]:
     """Titles and abstracts."""
-    file = SHARED / "beir" / "nfcorpus" / "corpus.jsonl"
-    if not file.is_file():
-        raise BenchmarkDataError(f"{file} does not exist")
-    rows = map(json.loads, file.read_text(encoding="utf-8").splitlines())
-    return [f"{row['title']}\n{row['text']}" for row in rows]
+    return [document.content for document in load_folder(SHARED / "beir" / "nfcorpus").documents]
 
 
 TEXTS: dict[str, Callable[[], list[str]]] = {"short": short_texts, "mixed": mixed_texts, "long": long_texts}

@@ -71,9 +71,8 @@ class Result:
 
 def evaluate(system: System, data: RetrievalSet, seed: int = 0) -> Result:
     """Index the documents, run all queries, then time a seeded sample of them one at a time."""
-    resumed_at = getattr(system, "resumed_at", 0)
     seconds = _seconds(lambda: system.index(data.documents))
-    indexed = len(data.documents) - resumed_at
+    indexed = len(data.documents) - system.resumed_at
     rankings = system.search(list(data.queries.values()), DEPTH)
     run = {query: dict(ranking) for query, ranking in zip(data.queries, rankings, strict=True)}
     sample = random.Random(seed).sample(sorted(data.queries), min(LATENCY_QUERIES, len(data.queries)))
@@ -83,7 +82,7 @@ def evaluate(system: System, data: RetrievalSet, seed: int = 0) -> Result:
         documents_per_second=indexed / seconds if indexed else None,
         ms_per_query=1000 * _median_seconds(system, [data.queries[query] for query in sample]),
         index_bytes=system.index_bytes(),
-        details={**system.details(), **({"resumed_at": resumed_at} if resumed_at else {})},
+        details={**system.details(), **({"resumed_at": system.resumed_at} if system.resumed_at else {})},
     )
 
 

@@ -28,6 +28,8 @@ class System(Protocol):
 
     @property
     def name(self) -> str: ...
+    @property
+    def resumed_at(self) -> int: ...  # documents that an earlier run has indexed
     def index(self, documents: Documents) -> None: ...
     def search(self, queries: Sequence[str], k: int) -> list[Ranking]: ...
     def index_bytes(self) -> int: ...
@@ -38,6 +40,7 @@ class BM25:
     """bm25s with k1 0.9, b 0.4 (Anserini's), the English Snowball stemmer and English stop words."""
 
     name = "BM25"
+    resumed_at = 0
 
     def __init__(self) -> None:
         self._stemmer = Stemmer.Stemmer("english")
