@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import logging
+import platform
+import resource
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -205,3 +209,20 @@ def test_an_encoder_whose_weights_change_encodes_with_them(tiny_checkpoint):
     with torch.no_grad():
         both.trainable().get_input_embeddings().weight.mul_(torch.linspace(0.5, 2, both.hidden_size))
     assert np.abs(both.encode(TEXTS) - before).max() > 1e-3
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators have other habits")
+def test_memory_that_a_pass_frees_serves_the_next_one():
+    program = """
+import resource, torch
+from autoregembed_rag.passes import keep_freed_memory
+keep_freed_memory()
+for round in range(20):
+    if round == 10:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    several = [torch.ones(2**20) for _ in range(8)]  # 4 MB each
+    del several
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)  # noqa: S603
+    assert int(run.stdout) < 10 * 2**25 / resource.getpagesize() / 10
