@@ -42,9 +42,10 @@ SHARED = Path(__file__).parents[2] / "shared" / "data"
 # Cosines of vectors that should be equal, in the middle of the texts: some are tokenised a little otherwise where text
 # and instruction meet, and half precision rounds at other places.
 AGREEMENT = {"float32": 0.9999, "bfloat16": 0.995, "float16": 0.995}
+PEAK_SECONDS = 0.5
 READING = f"""documents/s are medians over the rounds; ratios are medians of {OURS} / the other, round by round, with
 the least and the most in brackets. The share of the matmul peak counts the operations that the texts need at least: no
-padding, and of the last layer what is read. Memory is the highest that a process of its own reaches while it encodes,
+padding, and of the last layer what is read; it is the median of shares of the peak measured in the same round. Memory is the highest that a process of its own reaches while it encodes,
 less what it had once the model was loaded and warm."""
 
 app = typer.Typer(add_completion=False)
@@ -82,9 +83,11 @@ def draw(encoder: AutoRegEncoder, texts: list[str], tokens: int, seed: int) -> l
     return chosen
 
 
-def measure(job: Job, encoder: AutoRegEncoder, peak: float) -> dict[str, Any]:
-    """Let the systems take turns over the texts of `job`."""
+def measure(job: Job, encoder: AutoRegEncoder) -> dict[str, Any]:
+    """Let the systems take turns over the texts of `job`; each round measures the matmul peak, too, as others' work on
+    the machine slows both."""
     measures, vectors = Measures(), {}
+    peaks = []
     with ExitStack() as stack:
         workers = [
             stack.enter_context(Worker(take_turns, replace(job, system=system), system)) for system in SYSTEMS
@@ -92,6 +95,7 @@ def measure(job: Job, encoder: AutoRegEncoder, peak: float) -> dict[str, Any]:
         loaded = {worker.job.system: worker.loaded()["memory"] for worker in workers}
         last: dict[str, Any] = {}
         for number in range(job.rounds):
+            peaks.append(matmul_peak(torch.device(job.device), getattr(torch, job.dtype), PEAK_SECONDS))
             for worker in workers[:: 1 if number % 2 else -1]:
                 system = worker.job.system
                 last[system] = turn = worker.step()
@@ -103,7 +107,11 @@ def measure(job: Job, encoder: AutoRegEncoder, peak: float) -> dict[str, Any]:
     lengths = [len(ids) for ids in encoder.prompts.build(job.texts, encoder.config.document_instruction).ids]
     least = encode_operations(encoder, lengths)
     found = measures.record(OURS)
-    rates = found[RATE]["medians"]
+    rates, each = found[RATE]["medians"], found[RATE]["rounds"]
+    shares = {
+        system: [rate * least / len(lengths) / peak for rate, peak in zip(each[system], peaks, strict=True)]
+        for system in SYSTEMS
+    }
     return {
         "texts": len(job.texts),
         "tokens": sum(lengths),
@@ -111,7 +119,8 @@ def measure(job: Job, encoder: AutoRegEncoder, peak: float) -> dict[str, Any]:
         "measures": found,
         "times as fast": {other: paired(found[RATE], OURS, other) for other in SYSTEMS[1:]},
         "tokens/s": {system: rates[system] * sum(lengths) / len(lengths) for system in SYSTEMS},
-        "share of matmul peak": {system: rates[system] * least / len(lengths) / peak for system in SYSTEMS},
+        "matmul peaks": peaks,
+        "share of matmul peak": {system: statistics.median(found) for system, found in shares.items()},
         "cosine": agreement(vectors, job.dtype),
     }
 
@@ -189,10 +198,7 @@ def main(
     start = time.perf_counter()
     peak = matmul_peak(place, kind)
     with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) if shape else resolve_folder(model)
-        if shape:
-            base = SHAPES[shape].write(Path(folder, "base"), kind)
-            AutoRegEncoder.from_base(base, device="cpu", dtype=kind).save_pretrained(folder)
+        source = SHAPES[shape].write_checkpoint(Path(folder), kind) if shape else resolve_folder(model)
         encoder = AutoRegEncoder.from_pretrained(source, device="cpu", dtype=kind)
         results: dict[str, Any] = {}
         for name in texts or TEXTS:
@@ -213,7 +219,7 @@ def main(
                 str(kind).removeprefix("torch."),
                 torch.get_num_threads(),
             )
-            results[name] = measure(job, encoder, peak)
+            results[name] = measure(job, encoder)
     if not results:
         print("error: there are no texts to encode", file=sys.stderr)
         raise typer.Exit(2)
@@ -246,7 +252,7 @@ def write_report(out: Path, record: dict[str, Any]) -> None:
     )
     foot = (
         f"\nMatmul peak here: {record['matmul peak'] / 1e9:,.0f} GFLOP/s in {record['precision']}, the fastest of many "
-        f"square products in two seconds.\n\n`{record['command']}`; Python {record['python']}, {versions}\n"
+        f"square products in two seconds at the start.\n\n`{record['command']}`; Python {record['python']}, {versions}\n"
     )
     (out / "table.md").write_text(head + markdown(*table(record)) + foot, encoding="utf-8")
     panels = {

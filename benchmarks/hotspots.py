@@ -1,5 +1,6 @@
 """Where the time of encoding goes: `python -m benchmarks.hotspots --model mini`, a picture."""
 
+import tempfile
 import time
 from pathlib import Path
 from typing import Annotated
@@ -12,6 +13,9 @@ from autoregembed_rag import AutoRegEncoder
 from benchmarks.beir import BenchmarkDataError
 from benchmarks.encode import TEXTS, draw
 from benchmarks.report import environment, print_table, write_json
+from benchmarks.shapes import SHAPES
+
+app = typer.Typer(add_completion=False)
 
 PARTS = {
     "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "mkldnn"),
@@ -38,20 +42,29 @@ def shares(encoder: AutoRegEncoder, texts: list[str]) -> dict[str, float]:
     return {name: part / sum(parts.values()) for name, part in parts.items()}
 
 
+@app.command()
 def main(
-    model: Annotated[list[str], typer.Option(help="A checkpoint; may be given again.")],
+    model: Annotated[list[str], typer.Option(help="A checkpoint; may be given again.")] = ["mini"],  # noqa: B006
+    shape: Annotated[list[str] | None, typer.Option(help=f"Random weights too: {', '.join(SHAPES)}.")] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Of texts of each kind.")] = 30_000,
     out: Annotated[Path, typer.Option(help="Where JSON and PNG go.")] = Path("results/hotspots"),
 ) -> None:
     """Draw the share of each part of encoding, for short, mixed and long texts."""
+    texts = {}
+    for kind, read in TEXTS.items():
+        try:
+            texts[kind] = read()
+        except BenchmarkDataError as error:
+            print(f"{kind}: left out, {error}")
     found: dict[str, dict[str, float]] = {}
-    for name in model:
-        encoder = AutoRegEncoder.from_pretrained(name, device="cpu")
-        for kind, read in TEXTS.items():
-            try:
-                found[f"{Path(name).name}, {kind}"] = shares(encoder, draw(encoder, read(), tokens, 0))
-            except BenchmarkDataError as error:
-                print(f"{kind}: left out, {error}")
+    with tempfile.TemporaryDirectory() as folder:
+        sources: dict[str, str | Path] = {Path(name).name: name for name in model}
+        for name in shape or []:
+            sources[f"random {name}"] = SHAPES[name].write_checkpoint(Path(folder, name))
+        for name, source in sources.items():
+            encoder = AutoRegEncoder.from_pretrained(source, device="cpu")
+            for kind, drawn in texts.items():
+                found[f"{name}, {kind}"] = shares(encoder, draw(encoder, drawn, tokens, 0))
     print_table(
         ["share of time", *PARTS, TOKENS],
         [[name, *(f"{share:.0%}" for share in parts.values())] for name, parts in found.items()],
@@ -73,4 +86,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app()

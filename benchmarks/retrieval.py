@@ -9,7 +9,6 @@ Documents are read in passes, never held, and indexed on disk below the folder o
 on where it stopped when it is started again. The indexes are deleted once the report is written.
 """
 
-import math
 import random
 import re
 import shutil
@@ -30,6 +29,7 @@ import typer
 try:
     from autoregembed_indexes.kinds import DEFAULT_MEMORY_BUDGET, plan
     from autoregembed_rag.cli_index import human_bytes
+    from autoregembed_rag.finetuning.planning import duration
     from benchmarks.beir import BenchmarkDataError, RetrievalSet, limit_documents, load_folder, load_hub
     from benchmarks.models import Bases, Compares, Models, load_candidates
     from benchmarks.pydoc import load_pydoc
@@ -178,15 +178,10 @@ def forecast(system: Dense, data: RetrievalSet) -> str:
         )
     seconds = left / pace * (1 + ADDING)
     return (
-        f"{system.name}: {left:,} documents to encode, about {_duration(seconds)} at {pace:,.0f} documents/s; "
+        f"{system.name}: {left:,} documents to encode, about {duration(seconds)} at {pace:,.0f} documents/s; "
         f"{human_bytes(disk)} of disk, {human_bytes(vectors)} of memory for vectors. "
         "A run that is killed goes on where it stopped"
     )
-
-
-def _duration(seconds: float) -> str:
-    hours, minutes = divmod(math.ceil(seconds / 60), 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
 
 
 def load_data(data_dir: Path | None, dataset: str | None, split: str | None) -> RetrievalSet:

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from autoregembed_rag import AutoRegEncoder
 from autoregembed_rag.decoder import decoder_folder
 
 
@@ -39,6 +40,12 @@ class Shape:
         )
         LlamaForCausalLM(config).to(dtype).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+        return folder
+
+    def write_checkpoint(self, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
+        """Make the folder of an untrained encoder."""
+        base = self.write(folder / "base", dtype)
+        AutoRegEncoder.from_base(base, device="cpu", dtype=dtype).save_pretrained(folder)
         return folder
 
 

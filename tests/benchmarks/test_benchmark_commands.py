@@ -15,7 +15,7 @@ pytest.importorskip("langchain_core")
 pytest.importorskip("matplotlib")
 
 from autoregembed_indexes import DocumentIndex
-from benchmarks import demo, latency, passages, retrieval, sts, systems
+from benchmarks import demo, hotspots, latency, passages, retrieval, sts, systems
 from benchmarks.beir import load_folder
 from benchmarks.models import BaseModel, SentenceTransformerModel, load_candidates
 from benchmarks.pydoc import standard_library_documents
@@ -151,7 +151,7 @@ def test_a_large_run_says_beforehand_what_it_takes(beir_folder, tiny_checkpoint,
     monkeypatch.setattr(retrieval, "BM25_DOCUMENTS", 10)
     result = run(retrieval.app, *arguments)
     assert result.exit_code == 0, result.output
-    assert "12 documents to encode, about 1 min at" in result.output
+    assert "12 documents to encode, about 0 s at" in result.output
     assert "BM25 is left out" in result.output
     full = shutil._ntuple_diskusage(100, 100, 0)
     monkeypatch.setattr(retrieval.shutil, "disk_usage", lambda _: full)
@@ -186,6 +186,37 @@ def test_latency_prints_each_kind_with_its_recall(beir_folder, tiny_checkpoint, 
     record = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
     assert {kind: row["recall"] for kind, row in record["kinds"].items()} == {"SQfp16": 1, "Flat": 1}
     assert record["floor of exact search, ms"] == 1000 * 2 * 12 * 160 / record["bandwidth"]
+
+
+def test_calls_compares_the_frameworks_with_the_encoder(tiny_checkpoint, tmp_path):
+    pytest.importorskip("langchain_core")
+    pytest.importorskip("llama_index.core")
+    from benchmarks import calls
+
+    result = run(
+        calls.app,
+        *("--model", tiny_checkpoint, "--documents", 6, "--rounds", 2, "--out", tmp_path),
+    )
+    assert result.exit_code == 0, result.output
+    record = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    assert {"encode_both", "AutoRegVectorStore.from_texts"} <= record["times as fast"].keys()
+    assert calls.ENCODE not in record["times as fast"]
+    assert all(len(rates) == 2 for rates in record["measures"]["rounds"].values())
+    assert record["cosine"][calls.ENCODE] > 0.99
+    assert "LlamaIndex, get_text_embedding_batch" in (tmp_path / "table.md").read_text(encoding="utf-8")
+
+
+def test_hotspots_draws_the_shares_of_a_checkpoint_and_of_a_shape(tiny_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(hotspots, "TEXTS", {"mixed": lambda: ["a fox", "a lemon " * 20]})
+    result = run(hotspots.app, *("--model", tiny_checkpoint, "--shape", "tiny", "--out", tmp_path))
+    assert result.exit_code == 0, result.output
+    shares = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))["shares"]
+    assert list(shares) == [f"{tiny_checkpoint.name}, mixed", "random tiny, mixed"]
+    for parts in shares.values():
+        assert sum(parts.values()) == pytest.approx(1)
+        assert parts["matrix products"] > 0
+        assert parts[hotspots.TOKENS] > 0
+    assert (tmp_path / "results.png").stat().st_size > 0
 
 
 def test_fewer_tokens_and_mean_pooling_change_the_dimension(beir_folder, tiny_checkpoint, tmp_path):
