@@ -17,10 +17,16 @@ if TYPE_CHECKING:
     from .config import AutoRegConfig
     from .decoder import FrozenDecoder
     from .encoder import AutoRegEncoder
+    from .reranking import GenerativeReranker
 
-__all__ = ["AutoRegConfig", "AutoRegEncoder", "FrozenDecoder"]
+__all__ = ["AutoRegConfig", "AutoRegEncoder", "FrozenDecoder", "GenerativeReranker"]
 
-_HOMES = {"AutoRegConfig": ".config", "AutoRegEncoder": ".encoder", "FrozenDecoder": ".decoder"}
+_HOMES = {
+    "AutoRegConfig": ".config",
+    "AutoRegEncoder": ".encoder",
+    "FrozenDecoder": ".decoder",
+    "GenerativeReranker": ".reranking",
+}
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401

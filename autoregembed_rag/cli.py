@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from .cli_explain import explain
 from .cli_finetune import finetune
 from .cli_index import index, search
 from .cli_mine import mine
@@ -15,5 +16,6 @@ app = typer.Typer(
 app.add_typer(train, name="train")
 app.add_typer(index, name="index")
 app.command()(search)
+app.command()(explain)
 app.command()(mine)
 app.command()(finetune)

@@ -7,12 +7,13 @@ import re
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from .chunked import by_chunks, by_groups
@@ -21,6 +22,9 @@ from .fingerprint import weights_digest
 from .loading import embedding_table, load_model, load_tokenizer, model_arguments, resolve_folder
 from .losses import wide
 from .prompt import TextTokenizer, check_texts, length_groups, pad_right
+
+if TYPE_CHECKING:
+    from .encoder import AutoRegEncoder
 
 logger = logging.getLogger(__name__)
 
@@ -99,6 +103,22 @@ class FrozenDecoder(torch.nn.Module):
         place, arguments = model_arguments(device, dtype, attn_implementation, trust_remote_code)
         lm = load_model(AutoModelForCausalLM, folder, arguments)
         return cls(lm.to(place), tokenizer, max_target_tokens=max_target_tokens)  # type: ignore[arg-type]
+
+    @classmethod
+    def for_encoder(
+        cls,
+        encoder: AutoRegEncoder,
+        *,
+        device: str | torch.device = "auto",
+        dtype: str | torch.dtype = "auto",
+    ) -> FrozenDecoder:
+        """Load the decoder that an encoder's checkpoint names.
+
+        Raises:
+            FileNotFoundError: it cannot be loaded.
+            ValueError: the checkpoint does not name it; the message says how to.
+        """
+        return cls.from_pretrained(_named_folder(encoder.config.decoder, encoder), device=device, dtype=dtype)
 
     def train(self, mode: bool = True) -> FrozenDecoder:  # noqa: ARG002
         """Changes nothing: the decoder is always in eval mode."""
@@ -209,20 +229,31 @@ class FrozenDecoder(torch.nn.Module):
 
     @torch.inference_mode()
     def log_prob(
-        self, compressed: np.ndarray | Tensor, targets: Sequence[str], *, batch_size: int = 32
+        self,
+        compressed: np.ndarray | Tensor | None,
+        targets: Sequence[str],
+        *,
+        per_token: bool = False,
+        batch_size: int = 32,
+        show_progress: bool = False,
     ) -> np.ndarray:
         """log p(target | e) (section 3.3), summed over the target's tokens and `<eos>`, in nats.
 
         Args:
-            compressed: e_c of n texts, [n, k, hidden], from `AutoRegEncoder.compress`.
-            targets: n texts, each scored under its own e_c.
+            compressed: e_c, from `AutoRegEncoder.compress`: of n texts, [n, k, hidden], each target under its own, or
+                of one text, [1, k, hidden], all targets under it. None: log p(target), under no text.
+            targets: n texts.
+            per_token: the mean over the tokens instead of their sum.
             batch_size: pairs per forward pass.
+            show_progress: draw a bar.
 
         Returns:
             float32 [n], none above 0.
         """
         targets = check_texts(targets, "targets")
-        states = self._states(compressed)
+        states = self._start() if compressed is None else self._states(compressed)
+        if len(states) == 1:
+            states = states.expand(len(targets), -1, -1)
         if len(states) != len(targets):
             raise ValueError(
                 f"{len(states)} compressed texts and {len(targets)} targets: give as many of each"
@@ -236,12 +267,21 @@ class FrozenDecoder(torch.nn.Module):
             )
         out = np.empty(len(ids), dtype=np.float32)
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-        for batch in (order[i : i + batch_size] for i in range(0, len(order), batch_size)):
-            scores = self.target_log_probs(states[batch], [ids[i] for i in batch])
-            out[batch] = scores.cpu().numpy()
-        return out
+        with tqdm(total=len(ids), desc="score", unit="text", disable=not show_progress) as progress:
+            for batch in (order[i : i + batch_size] for i in range(0, len(order), batch_size)):
+                scores = self.target_log_probs(states[batch], [ids[i] for i in batch])
+                out[batch] = scores.cpu().numpy()
+                progress.update(len(batch))
+        return out / np.array([len(row) for row in ids], dtype=np.float32) if per_token else out
 
-    @torch.inference_mode()
+    def _start(self) -> Tensor:
+        """What the decoder reads before a text that nothing precedes, [1, 1, hidden]: its bos token, or where it has
+        none the token that ends the text before."""
+        first = self.tokenizer.bos_token_id
+        ids = torch.tensor([[self._eos if first is None else first]], device=self.model.device)
+        with self.frozen():
+            return cast(Tensor, self.model.get_input_embeddings()(ids))
+
     def generate(
         self,
         compressed: np.ndarray | Tensor,
@@ -256,24 +296,55 @@ class FrozenDecoder(torch.nn.Module):
             max_new_tokens: tokens at most for each text.
             arguments: passed to transformers' `generate`, e.g. `do_sample=True, temperature=0.7`.
         """
+        said = self._write(compressed, max_new_tokens=max_new_tokens, **arguments)
+        return [] if said is None else self.tokenizer.batch_decode(said.sequences, skip_special_tokens=True)
+
+    def generate_tokens(
+        self, compressed: np.ndarray | Tensor, *, max_new_tokens: int = 64
+    ) -> list[list[tuple[str, float]]]:
+        """What the decoder says greedily, token by token: the characters that each adds, and the probability in [0, 1]
+        that the decoder gave it. Special tokens are left out."""
+        said = self._write(compressed, max_new_tokens=max_new_tokens, output_logits=True)
+        if said is None:
+            return []
+        chances = torch.stack([wide(logits).softmax(dim=-1) for logits in said.logits], dim=1)
+        chosen = chances.gather(2, said.sequences[:, :, None])[:, :, 0]
+        return [
+            self._spelled(ids, chance)
+            for ids, chance in zip(said.sequences.tolist(), chosen.tolist(), strict=True)
+        ]
+
+    @torch.inference_mode()
+    def _write(self, compressed: np.ndarray | Tensor, **arguments: Any) -> Any:  # noqa: ANN401
+        """transformers' `generate` from e_c; None for no texts."""
         states = self._states(compressed)
         if len(states) == 0:
-            return []
-        embedded = states.to(embedding_table(self.model).dtype)
+            return None
         pad = self.tokenizer.pad_token_id
         settings = {
-            "max_new_tokens": max_new_tokens,
             "do_sample": False,
             "eos_token_id": self.tokenizer.eos_token_id,
             "pad_token_id": self.tokenizer.eos_token_id if pad is None else pad,
             **arguments,
         }
-        mask = torch.ones(embedded.shape[:2], dtype=torch.long, device=embedded.device)
         with self.frozen():
-            ids = self.model.generate(  # type: ignore[operator]
-                inputs_embeds=embedded, attention_mask=mask, **settings
+            return self.model.generate(  # type: ignore[operator]
+                inputs_embeds=states.to(embedding_table(self.model).dtype),
+                attention_mask=torch.ones(states.shape[:2], dtype=torch.long, device=states.device),
+                return_dict_in_generate=True,
+                **settings,
             )
-        return [str(text) for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+
+    def _spelled(self, ids: list[int], chances: list[float]) -> list[tuple[str, float]]:
+        """Each token's characters: what decoding with it adds to decoding without, as some share a character."""
+        special = {*self.tokenizer.all_special_ids}
+        kept = [(token, chance) for token, chance in zip(ids, chances, strict=True) if token not in special]
+        spelled, before = [], ""
+        for end, (_, chance) in enumerate(kept, 1):
+            text = str(self.tokenizer.decode([token for token, _ in kept[:end]]))
+            spelled.append((text[len(before) :], chance))
+            before = text
+        return spelled
 
     def _states(self, compressed: np.ndarray | Tensor) -> Tensor:
         states = torch.as_tensor(compressed, device=self.model.device)
@@ -306,18 +377,19 @@ def decoder_folder(model: str | Path) -> Path:
     """
     folder = resolve_folder(model)
     file = folder / CONFIG_NAME
-    if not file.exists():
-        return folder
-    decoder = AutoRegConfig.load(file).decoder
+    return _named_folder(AutoRegConfig.load(file).decoder, folder) if file.exists() else folder
+
+
+def _named_folder(decoder: str | None, named_by: object) -> Path:
     if decoder is None:
         raise ValueError(
-            f"{file} does not name its decoder: pass the base language model to FrozenDecoder.from_pretrained, "
-            'or write its folder or hub id there under "decoder"'
+            f"{named_by} does not name its decoder: pass the base language model that it was trained with, or write "
+            f'its folder or hub id under "decoder" in {CONFIG_NAME}'
         )
     try:
         return resolve_folder(decoder)
     except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"{folder} names the decoder {decoder!r}, which cannot be loaded: put it back, or write its folder or hub "
-            f'id under "decoder" in {file}'
+            f"{named_by} names the decoder {decoder!r}, which cannot be loaded: put it back, or write its folder or "
+            f'hub id under "decoder" in {CONFIG_NAME}'
         ) from error

@@ -50,9 +50,11 @@ def ways(encoder: AutoRegEncoder, texts: list[str]) -> list[Way]:
     chain, llama = AutoRegEmbeddings(model=encoder), AutoRegEmbedding(model=encoder)
 
     def add() -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            with DocumentIndex.create(Path(folder, "index"), dimension=encoder.dimension) as index:
-                index.add(encoder.encode_documents(texts), texts, ids=ids)
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            DocumentIndex.create(Path(folder, "index"), dimension=encoder.dimension) as index,
+        ):
+            index.add(encoder.encode_documents(texts), texts, ids=ids)
 
     def store() -> None:
         with tempfile.TemporaryDirectory() as folder:

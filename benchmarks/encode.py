@@ -45,8 +45,9 @@ AGREEMENT = {"float32": 0.9999, "bfloat16": 0.995, "float16": 0.995}
 PEAK_SECONDS = 0.5
 READING = f"""documents/s are medians over the rounds; ratios are medians of {OURS} / the other, round by round, with
 the least and the most in brackets. The share of the matmul peak counts the operations that the texts need at least: no
-padding, and of the last layer what is read; it is the median of shares of the peak measured in the same round. Memory is the highest that a process of its own reaches while it encodes,
-less what it had once the model was loaded and warm."""
+padding, and of the last layer what is read; it is the median of shares of the peak measured in the same round. Memory
+is the highest that a process of its own reaches while it encodes, less what it had once the model was loaded and
+warm."""
 
 app = typer.Typer(add_completion=False)
 
@@ -251,8 +252,9 @@ def write_report(out: Path, record: dict[str, Any]) -> None:
         f"rounds on {record['cpu']}, device {record['device']}, {record['threads']} threads. {READING}\n\n"
     )
     foot = (
-        f"\nMatmul peak here: {record['matmul peak'] / 1e9:,.0f} GFLOP/s in {record['precision']}, the fastest of many "
-        f"square products in two seconds at the start.\n\n`{record['command']}`; Python {record['python']}, {versions}\n"
+        f"\nMatmul peak here: {record['matmul peak'] / 1e9:,.0f} GFLOP/s in {record['precision']}, the fastest of "
+        "many square products in two seconds at the start.\n\n"
+        f"`{record['command']}`; Python {record['python']}, {versions}\n"
     )
     (out / "table.md").write_text(head + markdown(*table(record)) + foot, encoding="utf-8")
     panels = {

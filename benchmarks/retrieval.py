@@ -28,14 +28,15 @@ import typer
 
 try:
     from autoregembed_indexes.kinds import DEFAULT_MEMORY_BUDGET, plan
+    from autoregembed_rag import AutoRegEncoder, FrozenDecoder, GenerativeReranker
     from autoregembed_rag.cli_index import human_bytes
     from autoregembed_rag.finetuning.planning import duration
     from benchmarks.beir import BenchmarkDataError, RetrievalSet, limit_documents, load_folder, load_hub
-    from benchmarks.models import Bases, Compares, Models, load_candidates
+    from benchmarks.models import Bases, Candidate, Compares, Models, load_candidates
     from benchmarks.pydoc import load_pydoc
     from benchmarks.report import bar_chart, environment, print_table, write_json
     from benchmarks.scoring import DEPTH, MEASURES, score_run
-    from benchmarks.systems import BM25, Dense, System
+    from benchmarks.systems import BM25, Dense, Reranked, System
 except ImportError as error:
     raise ImportError(f'{error}; the benchmarks need: pip install -e ".[faiss,bench]"') from error
 
@@ -122,6 +123,10 @@ def main(
     out: Annotated[
         Path | None, typer.Option(help="Where JSON and PNG go; default results/retrieval/NAME.")
     ] = None,
+    rerank: Annotated[
+        int | None,
+        typer.Option(min=1, help="Rank the best N anew by each model's decoder, too.", show_default=False),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Draws the queries that are timed.")] = 0,
 ) -> None:
     """Measure retrieval: nDCG@10, Recall@100, MRR@10, speed and index size, for models and BM25."""
@@ -131,6 +136,7 @@ def main(
         candidates = load_candidates(
             model, base, compare, pooling=pooling and pooling.value, num_tokens=num_tokens
         )
+        rerankers = load_rerankers(candidates) if rerank else {}
     except (BenchmarkDataError, FileNotFoundError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(2) from None
@@ -147,6 +153,8 @@ def main(
                 if len(data.documents) > LARGE:
                     print(forecast(system, data), flush=True)
                 results.append(evaluate(system, data, seed))
+                if rerank is not None and candidate.name in rerankers:
+                    results.append(evaluate(Reranked(system, rerank, rerankers[candidate.name]), data, seed))
     except (BenchmarkDataError, MemoryError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(2) from None
@@ -156,6 +164,21 @@ def main(
         print(f"BM25 is left out: bm25s would hold all {len(data.documents):,} documents in memory")
     _report(data, results, out, limit, seed)
     shutil.rmtree(out / INDEXES)
+
+
+def load_rerankers(candidates: Sequence[Candidate]) -> dict[str, GenerativeReranker]:
+    """The reranker of each checkpoint, by the candidate's name, with one copy of each decoder.
+
+    FileNotFoundError, ValueError: a checkpoint's decoder cannot be loaded.
+    """
+    rerankers: dict[str, GenerativeReranker] = {}
+    decoders: dict[str, FrozenDecoder] = {}
+    for candidate in candidates:
+        if isinstance(encoder := candidate.encoder, AutoRegEncoder):
+            if candidate.model not in decoders:
+                decoders[candidate.model] = FrozenDecoder.for_encoder(encoder)
+            rerankers[candidate.name] = GenerativeReranker(encoder, decoders[candidate.model])
+    return rerankers
 
 
 def forecast(system: Dense, data: RetrievalSet) -> str:

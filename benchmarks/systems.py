@@ -11,7 +11,8 @@ import bm25s
 import Stemmer
 from tqdm import tqdm
 
-from autoregembed_indexes import DocumentIndex
+from autoregembed_indexes import DocumentIndex, Hit
+from autoregembed_rag import GenerativeReranker
 from benchmarks.beir import BenchmarkDataError, Document, Documents
 from benchmarks.models import HYBRID, Candidate
 
@@ -91,12 +92,12 @@ class Dense:
         self.folder = folder
         self._batch_size = batch_size
         settings = {"dimension": encoder.dimension, "encoder": encoder.fingerprint}
-        self._index = (
+        self.documents = (
             DocumentIndex.open(folder, **settings)
             if DocumentIndex.exists(folder)
             else DocumentIndex.create(folder, **settings)
         )
-        self.resumed_at = len(self._index)
+        self.resumed_at = len(self.documents)
 
     def index(self, documents: Documents) -> None:
         """Encode and store `documents`, a few thousand at a time: memory holds those only, and what is stored stays."""
@@ -106,29 +107,32 @@ class Dense:
             while chunk := list(islice(rest, DOCUMENTS_PER_CHUNK)):
                 texts = [document.content for document in chunk]
                 vectors = self.encoder.encode_documents(texts, batch_size=self._batch_size)
-                self._index.add(vectors, texts, ids=[document.id for document in chunk])
+                self.documents.add(vectors, texts, ids=[document.id for document in chunk])
                 progress.update(len(chunk))
 
     def _check_same(self, done: int, last: list[Document]) -> None:
         """BenchmarkDataError if the index holds other documents than the first so many, of which some are given."""
-        stored = [found.text for found in self._index.get([document.id for document in last])]
+        stored = [found.text for found in self.documents.get([document.id for document in last])]
         if stored != [document.content for document in last] or (done and not last):
             raise BenchmarkDataError(
                 f"{self.folder} holds an index of other documents: delete it, or give another --out"
             )
 
     def search(self, queries: Sequence[str], k: int) -> list[Ranking]:
+        """The best `k` documents of each query."""
+        return [[(hit.id, hit.score) for hit in hits] for hits in self.hits(queries, k)]
+
+    def hits(self, queries: Sequence[str], k: int) -> list[list[Hit]]:
         """Encode `queries` and return the best `k` documents of each."""
-        rankings: list[Ranking] = []
+        results: list[list[Hit]] = []
         chunks = list(_chunks(queries, QUERIES_PER_CHUNK))
         for chunk in tqdm(chunks, desc=f"{self.name}: queries", unit="batch", disable=len(chunks) == 1):
             vectors = self.encoder.encode_queries(chunk, batch_size=self._batch_size)
             if self._candidate.use == HYBRID:
-                found = self._index.search_hybrid(vectors, chunk, k)
+                results += self.documents.search_hybrid(vectors, chunk, k)
             else:
-                found = self._index.search(vectors, k)
-            rankings += [[(hit.id, hit.score) for hit in hits] for hits in found]
-        return rankings
+                results += self.documents.search(vectors, k)
+        return results
 
     def index_bytes(self) -> int:
         """Bytes of the index's folder: vectors, texts, ids and their bookkeeping."""
@@ -140,7 +144,52 @@ class Dense:
 
     def close(self) -> None:
         """Close the index."""
-        self._index.close()
+        self.documents.close()
+
+
+class Reranked:
+    """The best `depth` documents of another system, ranked anew by an encoder's decoder; the rest come after them."""
+
+    resumed_at = 0
+
+    def __init__(self, dense: Dense, depth: int, reranker: GenerativeReranker) -> None:
+        """`dense` has its documents already."""
+        self.name = f"{dense.name}, {depth} reranked"
+        self._dense = dense
+        self._depth = depth
+        self._reranker = reranker
+        reranker.cache = dense.documents
+
+    def index(self, documents: Documents) -> None:
+        """Compute what does not depend on a query; the index keeps it."""
+        rest = iter(documents)
+        with tqdm(total=len(documents), desc=f"{self.name}: priors", unit="doc") as progress:
+            while chunk := list(islice(rest, DOCUMENTS_PER_CHUNK)):
+                self._reranker.priors([document.content for document in chunk])
+                progress.update(len(chunk))
+
+    def search(self, queries: Sequence[str], k: int) -> list[Ranking]:
+        """Search as the other does, and rank again."""
+        found = self._dense.hits(queries, max(k, self._depth))
+        progress = tqdm(
+            zip(queries, found, strict=True), f"{self.name}: queries", len(found), disable=len(found) == 1
+        )
+        return [self._rank(query, hits)[:k] for query, hits in progress]
+
+    def _rank(self, query: str, hits: list[Hit]) -> Ranking:
+        best, rest = hits[: self._depth], hits[self._depth :]
+        ranked = self._reranker.rank(query, [hit.text for hit in best])
+        order = [best[place].id for place, _ in ranked] + [hit.id for hit in rest]
+        return [(doc_id, -float(rank)) for rank, doc_id in enumerate(order)]
+
+    def index_bytes(self) -> int:
+        """Bytes of the other's index, with the priors."""
+        return self._dense.index_bytes()
+
+    def details(self) -> dict[str, Any]:
+        """Which model this was, and how it ranked."""
+        details = {**self._dense.details(), "reranked": self._depth}
+        return {**details, "prior": self._reranker.prior, "per_token": self._reranker.per_token}
 
 
 def folder_bytes(folder: Path) -> int:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from tiny_models import build_tokenizer, tiny_llama, write_base
 
-from autoregembed_rag import AutoRegEncoder
+from autoregembed_rag import AutoRegEncoder, FrozenDecoder
 
 __all__ = ["build_tokenizer", "tiny_llama"]
 
@@ -50,3 +50,9 @@ def tiny_checkpoint(make_checkpoint: Callable[..., Path], tmp_path_factory: pyte
 def encoder(tiny_checkpoint: Path) -> AutoRegEncoder:
     """The tiny encoder on the CPU in float32."""
     return AutoRegEncoder.from_pretrained(tiny_checkpoint, device="cpu", dtype="float32")
+
+
+@pytest.fixture(scope="session")
+def decoder(tiny_checkpoint: Path) -> FrozenDecoder:
+    """The tiny checkpoint's own decoder."""
+    return FrozenDecoder.from_pretrained(tiny_checkpoint, device="cpu", dtype="float32")

@@ -13,7 +13,7 @@ from autoregembed_indexes.settings import State
 
 DATABASE_NAME = "documents.sqlite"
 APPLICATION_ID = 0x41524547
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MIN_SQLITE = (3, 35)
 
 # Of what cannot be read, or is not there although we made it.
@@ -41,6 +41,10 @@ CREATE TABLE vectors (
     row INTEGER PRIMARY KEY, version INTEGER NOT NULL, checksum INTEGER NOT NULL, vector BLOB NOT NULL
 );
 CREATE INDEX vectors_by_version ON vectors(version);
+CREATE TABLE cached (
+    name TEXT NOT NULL, digest BLOB NOT NULL, number REAL NOT NULL, checksum INTEGER NOT NULL,
+    PRIMARY KEY (name, digest)
+) WITHOUT ROWID;
 CREATE TABLE metadata_keys (number INTEGER PRIMARY KEY, key TEXT NOT NULL UNIQUE);
 """
 

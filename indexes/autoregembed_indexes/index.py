@@ -8,6 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 from numpy.typing import ArrayLike
 
 from autoregembed_indexes.copies import import_faiss
@@ -23,7 +24,7 @@ from autoregembed_indexes.records import (
     prepare_metadatas,
     prepare_texts,
 )
-from autoregembed_indexes.searching import SearchableIndex, id_list
+from autoregembed_indexes.searching import SearchableIndex, id_list, text_list
 from autoregembed_indexes.settings import State, check_added, check_opened, new_state
 from autoregembed_indexes.store import Rows, create_store, open_store
 from autoregembed_indexes.vectors import Float16, as_matrix, round_for_storage
@@ -185,9 +186,25 @@ class DocumentIndex(SearchableIndex):
         return len(rows)
 
     def clear(self) -> int:
-        """Delete every document, and return how many there were; dimension and encoder stay."""
+        """Delete every document and cached number, and return how many documents there were; dimension and encoder
+        stay."""
         with self._session(write=True):
             return self._store.delete_all()
+
+    def cache(self, name: str, texts: Sequence[str], numbers: ArrayLike) -> None:
+        """Keep a number [n] for each text under `name`: what is costly to compute of a text and needed again.
+
+        Texts need not be documents here, and a number outlives its document until `clear`. Raises ValueError for a
+        number that is NaN or infinite, or not one for each text.
+        """
+        texts = text_list(texts, "texts")
+        values = np.asarray(numbers, dtype=np.float64)
+        if values.shape != (len(texts),) or not np.isfinite(values).all():
+            raise ValueError(
+                f"numbers must be {len(texts)} finite numbers, one for each text, got {values.tolist()}"
+            )
+        with self._session(write=True):
+            self._store.cache(name, texts, values.tolist())
 
     def create_metadata_index(self, key: str) -> None:
         """Make filters on a metadata key fast: ==, $in and order; "a.b" is the key b of the object a.

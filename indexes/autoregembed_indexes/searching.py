@@ -72,6 +72,12 @@ class SearchableIndex:
             dimension = state.dimension or 0
             return self._vectors_of(rows, dimension, dimension)
 
+    def cached(self, name: str, texts: Sequence[str]) -> Float32:
+        """Return the number that `cache` put in for each text under `name`: float32 [n], NaN where there is none."""
+        texts = text_list(texts, "texts")
+        with self._session():
+            return self._store.cached(name, texts)
+
     def search(
         self,
         vectors: ArrayLike,
@@ -145,7 +151,7 @@ class SearchableIndex:
         Scores are BM25's, higher is better, comparable within one result only. Documents need one of the words;
         nothing in a query is an operator. `filter` and `ids` as in `search`.
         """
-        queries = [query] if isinstance(query, str) else _text_list(query)
+        queries = [query] if isinstance(query, str) else text_list(query, "queries")
         k = _check_k(k)
         with self._session() as state:
             among = self._among(filter, ids)
@@ -172,7 +178,7 @@ class SearchableIndex:
         max(50, 4 k). Scores are the sums, comparable within one result only.
         """
         matrix = as_matrix(vectors, "query vectors")
-        texts = _text_list(queries)
+        texts = text_list(queries, "queries")
         if len(matrix) != len(texts):
             raise ValueError(f"{len(matrix)} query vectors but {len(texts)} query texts")
         _check_weights(weights)
@@ -250,6 +256,11 @@ class SearchableIndex:
     def path(self) -> Path | None:
         """The folder, or None in memory."""
         return self._path
+
+    @property
+    def read_only(self) -> bool:
+        """Whether it was opened to search only."""
+        return self._read_only
 
     @property
     def dimension(self) -> int | None:
@@ -400,14 +411,15 @@ def id_list(ids: Sequence[str]) -> list[str]:
     return wanted
 
 
-def _text_list(queries: Sequence[str]) -> list[str]:
-    if isinstance(queries, str):
-        raise TypeError("queries must be a list of texts, got str")
-    texts = list(queries)
-    for position, text in enumerate(texts):
+def text_list(texts: Sequence[str], argument: str) -> list[str]:
+    """Check a list of texts, and copy it."""
+    if isinstance(texts, str):
+        raise TypeError(f"{argument} must be a list of texts, got str")
+    checked = list(texts)
+    for position, text in enumerate(checked):
         if not isinstance(text, str):
-            raise TypeError(f"queries[{position}] must be str, got {type(text).__name__}")
-    return texts
+            raise TypeError(f"{argument}[{position}] must be str, got {type(text).__name__}")
+    return checked
 
 
 def _check_weights(weights: Sequence[float]) -> None:

@@ -5,6 +5,7 @@ the vectors can catch up by reading what is newer than itself. `deleted` is the 
 Row numbers are never used twice. Documents and vectors carry checksums, which SQLite's pages do not.
 """
 
+import hashlib
 import json
 import sqlite3
 import zlib
@@ -148,6 +149,7 @@ class DocumentStore:
     def delete_all(self) -> int:
         """Delete every document, returning how many there were."""
         count = self.count()
+        self._db.execute("DELETE FROM cached")
         if count:
             self._db.execute("INSERT INTO words(words) VALUES ('delete-all')")
             self._db.execute("DELETE FROM vectors")
@@ -268,6 +270,29 @@ class DocumentStore:
             self._db.execute(f"DROP INDEX metadata_{int(number)}")
         return bool(found)
 
+    def cached(self, name: str, texts: Sequence[str]) -> Float32:
+        """The number kept for each text under `name`, [n]; NaN where there is none or not what was put in."""
+        digests = [_digest(text) for text in texts]
+        known = {}
+        for digest in set(digests):
+            found = self._db.execute(
+                "SELECT number, checksum FROM cached WHERE name = ? AND digest = ?", (name, digest)
+            ).fetchone()
+            if found and found[1] == _cached_checksum(name, digest, found[0]):
+                known[digest] = found[0]
+        return np.array([known.get(digest, np.nan) for digest in digests], dtype=np.float32)
+
+    def cache(self, name: str, texts: Sequence[str], numbers: Sequence[float]) -> None:
+        """Keep a number for each text under `name`."""
+        self._db.executemany(
+            "INSERT INTO cached(name, digest, number, checksum) VALUES (?, ?, ?, ?) ON CONFLICT(name, digest) "
+            "DO UPDATE SET number = excluded.number, checksum = excluded.checksum",
+            (
+                (name, digest, number, _cached_checksum(name, digest, number))
+                for digest, number in zip(map(_digest, texts), numbers, strict=True)
+            ),
+        )
+
     def documents_by_row(self, rows: Iterable[int]) -> dict[int, tuple[str, str, str]]:
         """Map rows to (id, text, metadata as JSON)."""
         return {row: found for row, *found in self._documents("row", rows)}  # type: ignore[misc]
@@ -353,6 +378,14 @@ def open_store(folder: Path, *, read_only: bool) -> DocumentStore:
 def _last_change(file: Path) -> tuple[int, int]:
     found = file.stat()
     return found.st_mtime_ns, found.st_size
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+
+
+def _cached_checksum(name: str, digest: bytes, number: object) -> int:
+    return zlib.crc32(repr((name, digest, number)).encode())
 
 
 def _checksum(doc_id: str, metadata: str, text: str) -> int:

@@ -1,7 +1,7 @@
-"""AutoRegEmbed for LangChain: embeddings, a vector store and its retriever.
+"""AutoRegEmbed for LangChain: embeddings, a vector store, its retriever, and a reranker.
 
-Importing it is cheap: each name is imported on first use, PyTorch by the first `AutoRegEmbeddings(...)`, FAISS by the
-first store.
+Importing it is cheap: each name is imported on first use, PyTorch by the first `AutoRegEmbeddings(...)` or
+`AutoRegReranker(...)`, FAISS by the first store.
 """
 
 from __future__ import annotations
@@ -18,13 +18,15 @@ except ImportError as error:
 
 if TYPE_CHECKING:
     from langchain_autoregembed.embeddings import AutoRegEmbeddings
+    from langchain_autoregembed.rerankers import AutoRegReranker
     from langchain_autoregembed.retrievers import AutoRegRetriever
     from langchain_autoregembed.vectorstores import AutoRegVectorStore
 
-__all__ = ["AutoRegEmbeddings", "AutoRegRetriever", "AutoRegVectorStore"]
+__all__ = ["AutoRegEmbeddings", "AutoRegReranker", "AutoRegRetriever", "AutoRegVectorStore"]
 
 _HOMES = {
     "AutoRegEmbeddings": ".embeddings",
+    "AutoRegReranker": ".rerankers",
     "AutoRegRetriever": ".retrievers",
     "AutoRegVectorStore": ".vectorstores",
 }

@@ -26,9 +26,3 @@ def kin(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     encoder = AutoRegEncoder.from_base(base, 3, device="cpu", dtype="float32")
     decoder = FrozenDecoder.from_pretrained(base, device="cpu", dtype="float32", max_target_tokens=40)
     return Kin(request.param, base, encoder, decoder)
-
-
-@pytest.fixture(scope="session")
-def decoder(tiny_checkpoint: Path) -> FrozenDecoder:
-    """The tiny checkpoint's own decoder."""
-    return FrozenDecoder.from_pretrained(tiny_checkpoint, device="cpu", dtype="float32")

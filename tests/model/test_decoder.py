@@ -55,6 +55,48 @@ def test_log_prob_is_the_sum_over_tokens_and_eos(kin):
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-4)
 
 
+def test_the_mean_over_tokens_is_the_sum_by_their_number(kin):
+    compressed = kin.encoder.compress(TEXTS, "next")
+    tokens = [len(ids) for ids in kin.decoder.target_ids(TARGETS)]
+    assert len({*tokens}) > 2
+    found = kin.decoder.log_prob(compressed, TARGETS, per_token=True)
+    np.testing.assert_allclose(found * tokens, kin.decoder.log_prob(compressed, TARGETS), rtol=1e-6)
+
+
+def test_one_text_serves_all_targets(kin):
+    compressed = kin.encoder.compress(TEXTS[:1], "next")
+    found = kin.decoder.log_prob(compressed, TARGETS)
+    np.testing.assert_allclose(found, kin.decoder.log_prob(compressed.repeat(4, axis=0), TARGETS), atol=1e-4)
+    assert kin.decoder.log_prob(compressed, []).shape == (0,)
+
+
+def test_under_no_text_a_target_follows_the_first_token(kin):
+    model, tokenizer = kin.decoder.model, kin.decoder.tokenizer
+    first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    expected = []
+    for target in TARGETS:
+        ids = [first, *TextTokenizer(tokenizer).encode([target])[0], tokenizer.eos_token_id]
+        with torch.no_grad():
+            logits = model(torch.tensor([ids])).logits[0].double().log_softmax(dim=-1)
+        expected.append(sum(logits[t, token].item() for t, token in enumerate(ids[1:])))
+    np.testing.assert_allclose(kin.decoder.log_prob(None, TARGETS), expected, rtol=1e-5, atol=1e-4)
+
+
+def test_generated_tokens_carry_the_probability_they_had(kin):
+    compressed = kin.encoder.compress(TEXTS, "self")
+    written = kin.decoder.generate_tokens(compressed, max_new_tokens=6)
+    texts = kin.decoder.generate(compressed, max_new_tokens=6)
+    assert ["".join(piece for piece, _ in tokens) for tokens in written] == texts
+    model = kin.decoder.model
+    for states, tokens in zip(torch.from_numpy(compressed), written, strict=True):
+        with torch.no_grad():
+            chances = model(inputs_embeds=states[None]).logits[0, -1].double().softmax(dim=-1)
+        if tokens:
+            assert tokens[0][1] == pytest.approx(chances.max().item(), rel=1e-4)
+        assert all(0 < chance <= 1 for _, chance in tokens)
+    assert kin.decoder.generate_tokens(compressed[:0]) == []
+
+
 def test_batch_composition_changes_no_score(kin):
     compressed = kin.encoder.compress(TEXTS, "self")
     together = kin.decoder.log_prob(compressed, TARGETS)

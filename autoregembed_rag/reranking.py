@@ -1,0 +1,183 @@
+"""Ranking documents by what the decoder makes of them once it has read the query's compressed vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, Protocol, get_args
+
+import numpy as np
+
+from .decoder import FrozenDecoder
+from .encoder import AutoRegEncoder
+from .prompt import check_texts
+
+Prior = Literal["none", "document", "unconditional"]
+
+
+class NumberCache(Protocol):
+    """Keeps a number for a text under a name; `DocumentIndex` does so on disk."""
+
+    @property
+    def read_only(self) -> bool:
+        """Whether nothing can be put in."""
+
+    def cached(self, name: str, texts: Sequence[str]) -> np.ndarray:
+        """Float32 [n], NaN where there is none."""
+
+    def cache(self, name: str, texts: Sequence[str], numbers: np.ndarray) -> None:
+        """Keep the number of each text."""
+
+
+class GenerativeReranker:
+    """Scores documents by how likely the decoder is to write them when it reads the query under I_next.
+
+        score(q, d) = log p(d | e_q,next) - prior(d)
+
+    The prior takes out what makes a document likely under any query: nothing ("none"), log p(d | e_d,self), which is
+    what S1 of the paper compares it with (section 3.3), or log p(d) under no text at all ("unconditional"), which makes
+    the score the pointwise mutual information of query and document. All are in nats, the mean over the document's
+    tokens, or with `per_token=False` their sum.
+    """
+
+    def __init__(
+        self,
+        encoder: AutoRegEncoder,
+        decoder: FrozenDecoder,
+        *,
+        prior: Prior = "unconditional",
+        per_token: bool = True,
+        batch_size: int = 32,
+        cache: NumberCache | None = None,
+    ) -> None:
+        """Put an encoder and its decoder together.
+
+        Args:
+            encoder: compresses queries, and documents for the prior "document".
+            decoder: the one that the encoder was trained with.
+            prior: what is subtracted.
+            per_token: the mean over a document's tokens, which does not favour short documents, instead of the sum.
+            batch_size: documents per forward pass.
+            cache: where priors are kept, such as the `DocumentIndex` that the documents are in.
+
+        Raises:
+            ValueError: the decoder reads vectors of another width; `prior` is none of the three.
+        """
+        if prior not in get_args(Prior):
+            raise ValueError(f"prior must be one of {', '.join(get_args(Prior))}, not {prior!r}")
+        if encoder.hidden_size != decoder.hidden_size:
+            raise ValueError(
+                f"the encoder's vectors have {encoder.hidden_size} entries and the decoder reads "
+                f"{decoder.hidden_size}: use the decoder that the encoder was trained with"
+            )
+        self.encoder = encoder
+        self.decoder = decoder
+        self.prior: Prior = prior
+        self.per_token = per_token
+        self.batch_size = batch_size
+        self.cache = cache
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | Path | AutoRegEncoder = "mini",
+        decoder: str | Path | FrozenDecoder | None = None,
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        prior: Prior = "unconditional",
+        per_token: bool = True,
+        batch_size: int = 32,
+        cache: NumberCache | None = None,
+    ) -> GenerativeReranker:
+        """Load a checkpoint and its decoder.
+
+        Args:
+            model: a bundled name, a folder, a hub id, or an encoder that is loaded.
+            decoder: the base language model, loaded or by name; None: the one that the checkpoint names.
+            device, dtype: of what is loaded here.
+            prior, per_token, batch_size, cache: see the constructor.
+
+        Raises:
+            FileNotFoundError, ValueError: encoder or decoder cannot be loaded; the message says how to name one.
+        """
+        if not isinstance(model, AutoRegEncoder):
+            model = AutoRegEncoder.from_pretrained(model, device=device, dtype=dtype)
+        if decoder is None:
+            decoder = FrozenDecoder.for_encoder(model, device=device, dtype=dtype)
+        elif not isinstance(decoder, FrozenDecoder):
+            decoder = FrozenDecoder.from_pretrained(decoder, device=device, dtype=dtype)
+        return cls(model, decoder, prior=prior, per_token=per_token, batch_size=batch_size, cache=cache)
+
+    def rank(
+        self,
+        query: str,
+        documents: Sequence[str],
+        *,
+        top_n: int | None = None,
+        score_threshold: float | None = None,
+    ) -> list[tuple[int, float]]:
+        """Places in `documents` with their scores, best first: at most `top_n`, none below `score_threshold`."""
+        if top_n is not None and top_n < 1:
+            raise ValueError(f"top_n must be at least 1, not {top_n}")
+        scores = self.scores(query, documents).tolist()
+        ranked = sorted(enumerate(scores), key=lambda pair: -pair[1])
+        return [pair for pair in ranked[:top_n] if score_threshold is None or pair[1] >= score_threshold]
+
+    def scores(self, query: str, documents: Sequence[str]) -> np.ndarray:
+        """The score of each document, higher is better: float32 [n].
+
+        Args:
+            query: encoded once, under I_next.
+            documents: n texts. What the decoder has no room for is cut, and a warning says of how many.
+        """
+        documents = check_texts(documents, "documents")
+        states = self.encoder.compress([query], "next")
+        return np.asarray(self._log_prob(states, documents) - self.priors(documents))
+
+    def priors(self, documents: Sequence[str], *, show_progress: bool = False) -> np.ndarray:
+        """What each document's score is measured against, float32 [n]; it depends on no query.
+
+        Priors that `cache` has are taken from there, and others put there, unless it is read-only: call this once with
+        all documents of an index to have none computed while someone waits for an answer.
+        """
+        documents = check_texts(documents, "documents")
+        if self.prior == "none" or not documents:
+            return np.zeros(len(documents), dtype=np.float32)
+        if self.cache is None:
+            return self._compute_priors(documents, show_progress)
+        found = self.cache.cached(self._prior_name, documents)
+        missing = np.flatnonzero(np.isnan(found))
+        if len(missing):
+            texts = [documents[i] for i in missing]
+            found[missing] = self._compute_priors(texts, show_progress)
+            if not self.cache.read_only:
+                self.cache.cache(self._prior_name, texts, found[missing])
+        return found
+
+    def _compute_priors(self, documents: Sequence[str], show_progress: bool) -> np.ndarray:
+        if self.prior == "unconditional":
+            return self._log_prob(None, documents, show_progress)
+        states = self.encoder.compress(documents, "self", show_progress=show_progress)
+        return self._log_prob(states, documents, show_progress)
+
+    def _log_prob(
+        self, states: np.ndarray | None, documents: Sequence[str], show_progress: bool = False
+    ) -> np.ndarray:
+        return self.decoder.log_prob(
+            states,
+            documents,
+            per_token=self.per_token,
+            batch_size=self.batch_size,
+            show_progress=show_progress,
+        )
+
+    @property
+    def _prior_name(self) -> str:
+        """All that decides a prior."""
+        scale = "per token" if self.per_token else "in sum"
+        conditions = self.encoder.fingerprint if self.prior == "document" else "nothing"
+        return (
+            f"log p given {conditions}, {scale}, by {self.decoder.fingerprint}, "
+            f"at most {self.decoder.max_target_tokens} tokens"
+        )

@@ -1,0 +1,84 @@
+"""AutoRegReranker: documents ranked by what the decoder makes of the query, for LangChain."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from langchain_core.callbacks import Callbacks
+from langchain_core.documents import BaseDocumentCompressor, Document
+from pydantic import ConfigDict, Field, PrivateAttr
+
+if TYPE_CHECKING:
+    from autoregembed_rag.reranking import GenerativeReranker
+
+
+class AutoRegReranker(BaseDocumentCompressor):
+    """Rank documents by log p(document | query), which the checkpoint's own decoder gives.
+
+    For a `ContextualCompressionRetriever`, or called itself:
+
+        reranker = AutoRegReranker(top_n=3, index=store.index)
+        best = reranker.compress_documents(store.similarity_search(query, k=50), query)
+
+    Each document that comes back is a copy with its score as `relevance_score` in the metadata: nats, higher is better,
+    comparable for one query. The query is encoded once, documents go through the decoder in batches. With `index`, what
+    does not depend on the query is kept there.
+
+    Raises:
+        FileNotFoundError, ValueError: the model cannot be loaded, or its decoder; the message says how to name one.
+    """
+
+    model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
+
+    model: Any = Field(
+        default="mini", description="A checkpoint by name or folder, or a ready AutoRegEncoder."
+    )
+    decoder: Any = Field(default=None, description="None: the decoder that the checkpoint names.")
+    device: str = Field(default="auto", description='"cpu", "cuda", "cuda:1", ..., or the best one there is.')
+    dtype: str = Field(
+        default="auto", description='"float32", "bfloat16", ..., or what the device does best.'
+    )
+    prior: str = Field(default="unconditional", description='"none", "document" or "unconditional".')
+    per_token: bool = Field(default=True, description="Mean over a document's tokens, or their sum.")
+    top_n: int | None = Field(default=3, ge=1, description="How many come back; None: all.")
+    score_threshold: float | None = Field(default=None, description="Leaves out documents of a lower score.")
+    batch_size: int = Field(default=32, ge=1, description="Documents per forward pass.")
+    index: Any = Field(default=None, description="The DocumentIndex where priors are kept; None: nowhere.")
+
+    _reranker: GenerativeReranker = PrivateAttr()
+
+    def model_post_init(self, _context: Any, /) -> None:
+        """Load encoder and decoder."""
+        from autoregembed_rag.reranking import GenerativeReranker
+
+        self._reranker = GenerativeReranker.from_pretrained(
+            self.model,
+            self.decoder,
+            device=self.device,
+            dtype=self.dtype,
+            prior=self.prior,  # type: ignore[arg-type]
+            per_token=self.per_token,
+            batch_size=self.batch_size,
+            cache=self.index,
+        )
+
+    def compress_documents(
+        self,
+        documents: Sequence[Document],
+        query: str,
+        callbacks: Callbacks | None = None,  # noqa: ARG002
+    ) -> list[Document]:
+        """The best `top_n` documents, best first."""
+        ranked = self._reranker.rank(
+            query,
+            [document.page_content for document in documents],
+            top_n=self.top_n,
+            score_threshold=self.score_threshold,
+        )
+        return [
+            documents[place].model_copy(
+                update={"metadata": {**documents[place].metadata, "relevance_score": score}}
+            )
+            for place, score in ranked
+        ]

@@ -1,0 +1,117 @@
+"""Reading embeddings back: words kept and lost, vectors of an index, and the command that shows it."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+pytest.importorskip("faiss")
+
+from autoregembed_indexes import DocumentIndex
+from autoregembed_rag import AutoRegEncoder
+from autoregembed_rag.cli import app
+from autoregembed_rag.reading import Reading, content_words, read_back, states_of_vectors
+
+TEXTS = ["Vitamin C is found in oranges.", "the quick brown fox"]
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, ["explain", *map(str, arguments)])
+
+
+@pytest.fixture
+def index(tmp_path, encoder: AutoRegEncoder):
+    folder = tmp_path / "index"
+    with DocumentIndex.create(folder, tokens=5, encoder=encoder.fingerprint) as made:
+        made.add(encoder.encode_documents(TEXTS), TEXTS, ids=["orange", "fox"])
+    return folder
+
+
+def test_content_words_are_distinct_and_hold_no_glue():
+    assert content_words("The fox and the FOX; a 2nd Füchsin, in x!") == ["fox", "2nd", "füchsin"]
+
+
+def test_a_reading_says_what_was_kept_and_what_was_lost(encoder, decoder, monkeypatch):
+    said = [[(" The", 0.5), (" Fox", 0.25), ("es", 1.0)], [("quick", 0.5), (" fox.", 0.5)]]
+    monkeypatch.setattr(decoder, "generate_tokens", lambda *_, **__: said)
+    plural, right = read_back(decoder, encoder.compress(TEXTS[1:] * 2), TEXTS[1:] * 2)
+    assert plural == Reading(said[0], [], ["quick", "brown", "fox"])
+    assert (right.text, right.recovered, right.lost) == ("quick fox.", ["quick", "fox"], ["brown"])
+    assert (plural.share, right.share) == (0, pytest.approx(2 / 3))
+    assert Reading([], [], []).share == 1
+
+
+def test_stored_vectors_are_read_as_the_text_itself(encoder, decoder, index):
+    with DocumentIndex.open(index, read_only=True) as opened:
+        vectors = opened.vectors(["orange", "fox"])
+    compressed = encoder.compress(TEXTS)
+    states = states_of_vectors(vectors, compressed)
+    np.testing.assert_allclose(states, compressed, atol=2e-2, err_msg="half precision is all that is lost")
+    assert [reading.text for reading in read_back(decoder, states, TEXTS, max_new_tokens=4)] == (
+        decoder.generate(compressed, max_new_tokens=4)
+    )
+    assert states_of_vectors(vectors[:, :64], compressed).shape == (2, 2, 32)
+    for width in (31, 192):
+        with pytest.raises(ValueError, match=f"dimension {width} are not up to 5 compressed vectors of 32"):
+            states_of_vectors(np.ones((2, width), dtype=np.float32), compressed)
+
+
+def test_explain_reads_a_text_under_both_instructions(tiny_checkpoint, encoder, decoder):
+    result = run(TEXTS[0], "--model", tiny_checkpoint, "--max-new-tokens", 4, "--json")
+    assert result.exit_code == 0, result.output
+    own, following = json.loads(result.stdout)
+    for record, instruction in ((own, "self"), (following, "next")):
+        assert (
+            record["text"] == decoder.generate(encoder.compress(TEXTS[:1], instruction), max_new_tokens=4)[0]
+        )
+        assert {*record["recovered"], *record["lost"]} == {"vitamin", "found", "oranges"}
+        assert "".join(piece for piece, _ in record["tokens"]) == record["text"]
+
+
+def test_explain_prints_confidence_and_words(tiny_checkpoint):
+    result = run(TEXTS[0], "--model", tiny_checkpoint, "--max-new-tokens", 3)
+    assert result.exit_code == 0, result.output
+    assert "as a document (I_self): " in result.output
+    assert "as a query (I_next): " in result.output
+    assert "%" in result.output
+    assert "content words: " in result.output
+    assert "lost: " in result.output
+
+
+def test_explain_reads_the_vector_of_an_indexed_document(tiny_checkpoint, encoder, decoder, index):
+    result = run("--index", index, "--id", "fox", "--model", tiny_checkpoint, "--max-new-tokens", 4, "--json")
+    assert result.exit_code == 0, result.output
+    (record,) = json.loads(result.stdout)
+    assert record["what"] == "the stored vector"
+    assert record["text"] == decoder.generate(encoder.compress(TEXTS[1:]), max_new_tokens=4)[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give a TEXT, or both --index DIR and --id ID"),
+        (["a", "--index", "i", "--id", "b"], "give a TEXT, or both"),
+        (["--index", "i"], "give a TEXT, or both"),
+        (["a", "--id", "b"], "give a TEXT, or both"),
+        (["--index", "{index}", "--id", "cat"], "has no document with the id 'cat'"),
+        (["--index", "nowhere", "--id", "cat"], "no index at"),
+    ],
+)
+def test_explain_says_what_is_wrong_in_a_line(tiny_checkpoint, index, arguments, message):
+    arguments = [argument.format(index=index) for argument in arguments]
+    result = run(*arguments, "--model", tiny_checkpoint)
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: ")
+    assert message in result.stderr
+
+
+def test_explain_refuses_vectors_of_another_encoder(make_checkpoint, tmp_path, tiny_checkpoint, encoder):
+    folder = tmp_path / "index"
+    with DocumentIndex.create(folder, encoder="another") as made:
+        made.add(encoder.encode_documents(TEXTS), TEXTS, ids=["a", "b"])
+    result = run("--index", folder, "--id", "a", "--model", tiny_checkpoint)
+    assert result.exit_code == 2
+    assert "holds vectors of encoder another" in result.stderr

@@ -1,0 +1,148 @@
+"""GenerativeReranker: its scores from separate log-probabilities, its priors, and where they are kept."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from autoregembed_rag import AutoRegEncoder, FrozenDecoder, GenerativeReranker
+
+QUERY = "what protects sailors?"
+DOCUMENTS = [
+    "Vitamin C is found in oranges.",
+    "",
+    "the quick brown fox 🙂",
+    "A reader writes the answer. " * 3,
+]
+
+
+class Notes:
+    """A cache in memory that counts."""
+
+    def __init__(self, *, read_only: bool = False) -> None:
+        self.read_only = read_only
+        self.kept: dict[tuple[str, str], float] = {}
+
+    def cached(self, name, texts):
+        return np.array([self.kept.get((name, text), np.nan) for text in texts], dtype=np.float32)
+
+    def cache(self, name, texts, numbers):
+        assert not self.read_only
+        self.kept |= {(name, text): number for text, number in zip(texts, numbers, strict=True)}
+
+
+@pytest.fixture
+def make(encoder: AutoRegEncoder, decoder: FrozenDecoder):
+    return lambda **options: GenerativeReranker(encoder, decoder, **options)
+
+
+@pytest.mark.parametrize("per_token", [True, False])
+@pytest.mark.parametrize("prior", ["none", "document", "unconditional"])
+def test_a_score_is_the_log_probability_less_the_prior(make, encoder, decoder, prior, per_token):
+    found = make(prior=prior, per_token=per_token).scores(QUERY, DOCUMENTS)
+    assert found.dtype == np.float32
+    for score, document in zip(found, DOCUMENTS, strict=True):
+        expected = decoder.log_prob(encoder.compress([QUERY], "next"), [document])[0]
+        if prior == "document":
+            expected -= decoder.log_prob(encoder.compress([document], "self"), [document])[0]
+        if prior == "unconditional":
+            expected -= decoder.log_prob(None, [document])[0]
+        if per_token:
+            expected /= len(decoder.target_ids([document])[0])
+        assert score == pytest.approx(expected, abs=2e-4)
+
+
+def test_ranking_is_best_first_and_keeps_the_order_of_equals(make):
+    reranker = make()
+    twice = [*DOCUMENTS, DOCUMENTS[0]]
+    ranked = reranker.rank(QUERY, twice)
+    scores = reranker.scores(QUERY, twice)
+    assert [place for place, _ in ranked] == np.argsort(-scores, kind="stable").tolist()
+    assert [score for _, score in ranked] == sorted(scores.tolist(), reverse=True)
+    assert reranker.rank(QUERY, twice, top_n=2) == ranked[:2]
+    assert reranker.rank(QUERY, twice, score_threshold=ranked[2][1]) == ranked[:3]
+
+
+def test_nothing_to_rank_is_nothing_ranked(make):
+    for prior in ("none", "document", "unconditional"):
+        assert make(prior=prior).scores(QUERY, []).shape == (0,)
+        assert make(prior=prior).rank(QUERY, []) == []
+
+
+def test_batches_change_no_score(make):
+    np.testing.assert_allclose(
+        make(batch_size=1).scores(QUERY, DOCUMENTS), make().scores(QUERY, DOCUMENTS), atol=1e-5
+    )
+
+
+def test_documents_longer_than_the_context_are_cut_and_reported(make, caplog):
+    with caplog.at_level(logging.WARNING, "autoregembed_rag"):
+        found = make(prior="none").scores(QUERY, ["fox " * 3000, "fox"])
+    assert np.isfinite(found).all()
+    assert "1 of 2 targets were cut to" in caplog.text
+
+
+@pytest.mark.parametrize("prior", ["document", "unconditional"])
+def test_a_prior_is_computed_once_where_there_is_a_cache(make, prior, monkeypatch):
+    notes = Notes()
+    reranker = make(prior=prior, cache=notes)
+    first = reranker.scores(QUERY, DOCUMENTS[:2])
+    assert len(notes.kept) == 2
+    np.testing.assert_array_equal(reranker.scores(QUERY, DOCUMENTS)[:2], first)
+    assert len(notes.kept) == 4
+    monkeypatch.setattr(reranker, "_compute_priors", None)  # whoever calls it fails
+    np.testing.assert_allclose(reranker.priors(DOCUMENTS), make(prior=prior).priors(DOCUMENTS), atol=1e-5)
+
+
+def test_priors_of_other_settings_are_other_priors(make):
+    notes = Notes()
+    for prior in ("document", "unconditional"):
+        for per_token in (True, False):
+            make(prior=prior, per_token=per_token, cache=notes).priors(["fox"])
+    assert len({*notes.kept.values()}) == len(notes.kept) == 4
+
+
+def test_a_cache_that_is_read_only_is_left_alone(make):
+    reranker = make(cache=Notes(read_only=True))
+    np.testing.assert_allclose(reranker.priors(DOCUMENTS), make().priors(DOCUMENTS), atol=1e-6)
+
+
+def test_a_checkpoint_without_a_decoder_says_how_to_get_one(tiny_checkpoint: Path, tiny_base, tmp_path):
+    orphan = tmp_path / "orphan"
+    AutoRegEncoder.from_base(tiny_base, device="cpu").save_pretrained(orphan)
+    record = (orphan / "autoregembed.json").read_text(encoding="utf-8")
+    (orphan / "autoregembed.json").write_text(
+        "\n".join(line for line in record.splitlines() if '"decoder"' not in line).replace(
+            'text.",\n}', 'text."\n}'
+        ),
+        encoding="utf-8",
+    )
+    with pytest.raises(ValueError, match=r'does not name its decoder: pass the base.*under "decoder"'):
+        GenerativeReranker.from_pretrained(orphan, device="cpu")
+    named = GenerativeReranker.from_pretrained(orphan, tiny_base, device="cpu", dtype="float32")
+    assert named.scores(QUERY, ["fox"]).shape == (1,)
+
+
+def test_a_decoder_that_is_gone_is_named(tiny_base, tmp_path):
+    base = tmp_path / "base"
+    base.mkdir()
+    for file in tiny_base.iterdir():
+        (base / file.name).write_bytes(file.read_bytes())
+    AutoRegEncoder.from_base(base, device="cpu").save_pretrained(tmp_path / "model")
+    base.rename(tmp_path / "elsewhere")
+    with pytest.raises(FileNotFoundError, match=r"names the decoder .*base.*put it back"):
+        GenerativeReranker.from_pretrained(tmp_path / "model", device="cpu")
+
+
+def test_a_decoder_of_another_width_is_refused(encoder, decoder, monkeypatch):
+    monkeypatch.setattr(type(decoder), "hidden_size", 48)
+    with pytest.raises(ValueError, match="have 32 entries and the decoder reads 48"):
+        GenerativeReranker(encoder, decoder)
+
+
+def test_an_unknown_prior_is_refused(make):
+    with pytest.raises(ValueError, match="prior must be one of none, document, unconditional, not 'self'"):
+        make(prior="self")
