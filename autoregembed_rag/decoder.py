@@ -303,8 +303,13 @@ class FrozenDecoder(torch.nn.Module):
         self, compressed: np.ndarray | Tensor, *, max_new_tokens: int = 64
     ) -> list[list[tuple[str, float]]]:
         """What the decoder says greedily, token by token: the characters that each adds, and the probability in [0, 1]
-        that the decoder gave it. Special tokens are left out."""
-        said = self._write(compressed, max_new_tokens=max_new_tokens, output_logits=True)
+        that the decoder gave it.
+
+        No two tokens follow each other twice, since small decoders go in circles. Special tokens are left out.
+        """
+        said = self._write(
+            compressed, max_new_tokens=max_new_tokens, no_repeat_ngram_size=2, output_logits=True
+        )
         if said is None:
             return []
         chances = torch.stack([wide(logits).softmax(dim=-1) for logits in said.logits], dim=1)
@@ -336,12 +341,14 @@ class FrozenDecoder(torch.nn.Module):
             )
 
     def _spelled(self, ids: list[int], chances: list[float]) -> list[tuple[str, float]]:
-        """Each token's characters: what decoding with it adds to decoding without, as some share a character."""
+        """What each token adds to the text; several that spell one character add it with the last."""
         special = {*self.tokenizer.all_special_ids}
         kept = [(token, chance) for token, chance in zip(ids, chances, strict=True) if token not in special]
         spelled, before = [], ""
         for end, (_, chance) in enumerate(kept, 1):
             text = str(self.tokenizer.decode([token for token, _ in kept[:end]]))
+            if text.endswith("\ufffd") and end < len(kept):
+                text = before
             spelled.append((text[len(before) :], chance))
             before = text
         return spelled

@@ -18,6 +18,10 @@ from autoregembed_rag.reading import Reading, content_words, read_back, states_o
 TEXTS = ["Vitamin C is found in oranges.", "the quick brown fox"]
 
 
+def said(decoder, compressed, tokens):
+    return decoder.generate(compressed, max_new_tokens=tokens, no_repeat_ngram_size=2)
+
+
 def run(*arguments):
     return CliRunner().invoke(app, ["explain", *map(str, arguments)])
 
@@ -35,10 +39,10 @@ def test_content_words_are_distinct_and_hold_no_glue():
 
 
 def test_a_reading_says_what_was_kept_and_what_was_lost(encoder, decoder, monkeypatch):
-    said = [[(" The", 0.5), (" Fox", 0.25), ("es", 1.0)], [("quick", 0.5), (" fox.", 0.5)]]
-    monkeypatch.setattr(decoder, "generate_tokens", lambda *_, **__: said)
+    pieces = [[(" The", 0.5), (" Fox", 0.25), ("es", 1.0)], [("quick", 0.5), (" fox.", 0.5)]]
+    monkeypatch.setattr(decoder, "generate_tokens", lambda *_, **__: pieces)
     plural, right = read_back(decoder, encoder.compress(TEXTS[1:] * 2), TEXTS[1:] * 2)
-    assert plural == Reading(said[0], [], ["quick", "brown", "fox"])
+    assert plural == Reading(pieces[0], [], ["quick", "brown", "fox"])
     assert (right.text, right.recovered, right.lost) == ("quick fox.", ["quick", "fox"], ["brown"])
     assert (plural.share, right.share) == (0, pytest.approx(2 / 3))
     assert Reading([], [], []).share == 1
@@ -51,7 +55,7 @@ def test_stored_vectors_are_read_as_the_text_itself(encoder, decoder, index):
     states = states_of_vectors(vectors, compressed)
     np.testing.assert_allclose(states, compressed, atol=2e-2, err_msg="half precision is all that is lost")
     assert [reading.text for reading in read_back(decoder, states, TEXTS, max_new_tokens=4)] == (
-        decoder.generate(compressed, max_new_tokens=4)
+        said(decoder, compressed, 4)
     )
     assert states_of_vectors(vectors[:, :64], compressed).shape == (2, 2, 32)
     for width in (31, 192):
@@ -64,9 +68,7 @@ def test_explain_reads_a_text_under_both_instructions(tiny_checkpoint, encoder, 
     assert result.exit_code == 0, result.output
     own, following = json.loads(result.stdout)
     for record, instruction in ((own, "self"), (following, "next")):
-        assert (
-            record["text"] == decoder.generate(encoder.compress(TEXTS[:1], instruction), max_new_tokens=4)[0]
-        )
+        assert record["text"] == said(decoder, encoder.compress(TEXTS[:1], instruction), 4)[0]
         assert {*record["recovered"], *record["lost"]} == {"vitamin", "found", "oranges"}
         assert "".join(piece for piece, _ in record["tokens"]) == record["text"]
 
@@ -86,7 +88,7 @@ def test_explain_reads_the_vector_of_an_indexed_document(tiny_checkpoint, encode
     assert result.exit_code == 0, result.output
     (record,) = json.loads(result.stdout)
     assert record["what"] == "the stored vector"
-    assert record["text"] == decoder.generate(encoder.compress(TEXTS[1:]), max_new_tokens=4)[0]
+    assert record["text"] == said(decoder, encoder.compress(TEXTS[1:]), 4)[0]
 
 
 @pytest.mark.parametrize(
