@@ -14,6 +14,9 @@ from .prompt import check_texts
 
 Prior = Literal["none", "document", "unconditional"]
 
+# Of reciprocal-rank fusion (Cormack et al., 2009): how little the first places differ.
+RANK_CONSTANT = 60
+
 
 class NumberCache(Protocol):
     """Keeps a number for a text under a name; `DocumentIndex` does so on disk."""
@@ -38,6 +41,9 @@ class GenerativeReranker:
     what S1 of the paper compares it with (section 3.3), or log p(d) under no text at all ("unconditional"), which makes
     the score the pointwise mutual information of query and document. All are in nats, the mean over the document's
     tokens, or with `per_token=False` their sum.
+
+    `rank` fuses the ranking by these scores with the order in which the documents come, which is a search's: only a
+    strong decoder ranks better alone.
     """
 
     def __init__(
@@ -45,8 +51,9 @@ class GenerativeReranker:
         encoder: AutoRegEncoder,
         decoder: FrozenDecoder,
         *,
-        prior: Prior = "unconditional",
+        prior: Prior = "document",
         per_token: bool = True,
+        weight: float | None = 0.25,
         batch_size: int = 32,
         cache: NumberCache | None = None,
     ) -> None:
@@ -57,14 +64,18 @@ class GenerativeReranker:
             decoder: the one that the encoder was trained with.
             prior: what is subtracted.
             per_token: the mean over a document's tokens, which does not favour short documents, instead of the sum.
+            weight: what the ranking by scores counts beside the order in which documents come, which counts 1; None: it
+                alone counts.
             batch_size: documents per forward pass.
             cache: where priors are kept, such as the `DocumentIndex` that the documents are in.
 
         Raises:
-            ValueError: the decoder reads vectors of another width; `prior` is none of the three.
+            ValueError: the decoder reads vectors of another width; `prior` is none of the three; `weight` is negative.
         """
         if prior not in get_args(Prior):
             raise ValueError(f"prior must be one of {', '.join(get_args(Prior))}, not {prior!r}")
+        if weight is not None and not 0 <= weight < np.inf:
+            raise ValueError(f"weight must be a number of at least 0, or None, not {weight}")
         if encoder.hidden_size != decoder.hidden_size:
             raise ValueError(
                 f"the encoder's vectors have {encoder.hidden_size} entries and the decoder reads "
@@ -74,6 +85,7 @@ class GenerativeReranker:
         self.decoder = decoder
         self.prior: Prior = prior
         self.per_token = per_token
+        self.weight = weight
         self.batch_size = batch_size
         self.cache = cache
 
@@ -85,8 +97,9 @@ class GenerativeReranker:
         *,
         device: str = "auto",
         dtype: str = "auto",
-        prior: Prior = "unconditional",
+        prior: Prior = "document",
         per_token: bool = True,
+        weight: float | None = 0.25,
         batch_size: int = 32,
         cache: NumberCache | None = None,
     ) -> GenerativeReranker:
@@ -96,7 +109,7 @@ class GenerativeReranker:
             model: a bundled name, a folder, a hub id, or an encoder that is loaded.
             decoder: the base language model, loaded or by name; None: the one that the checkpoint names.
             device, dtype: of what is loaded here.
-            prior, per_token, batch_size, cache: see the constructor.
+            prior, per_token, weight, batch_size, cache: see the constructor.
 
         Raises:
             FileNotFoundError, ValueError: encoder or decoder cannot be loaded; the message says how to name one.
@@ -107,7 +120,15 @@ class GenerativeReranker:
             decoder = FrozenDecoder.for_encoder(model, device=device, dtype=dtype)
         elif not isinstance(decoder, FrozenDecoder):
             decoder = FrozenDecoder.from_pretrained(decoder, device=device, dtype=dtype)
-        return cls(model, decoder, prior=prior, per_token=per_token, batch_size=batch_size, cache=cache)
+        return cls(
+            model,
+            decoder,
+            prior=prior,
+            per_token=per_token,
+            weight=weight,
+            batch_size=batch_size,
+            cache=cache,
+        )
 
     def rank(
         self,
@@ -117,12 +138,32 @@ class GenerativeReranker:
         top_n: int | None = None,
         score_threshold: float | None = None,
     ) -> list[tuple[int, float]]:
-        """Places in `documents` with their scores, best first: at most `top_n`, none below `score_threshold`."""
+        """Places in `documents` with their scores, best first.
+
+        Args:
+            query: what is asked.
+            documents: in the order in which a search found them, best first.
+            top_n: how many come back at most; None: all.
+            score_threshold: leaves out documents of which `scores` says less.
+
+        Returns:
+            (place, score): what `scores` says where `weight` is None, else the sum 1 / (60 + place) + weight / (60 +
+            rank), which compares within this result only.
+        """
         if top_n is not None and top_n < 1:
             raise ValueError(f"top_n must be at least 1, not {top_n}")
-        scores = self.scores(query, documents).tolist()
-        ranked = sorted(enumerate(scores), key=lambda pair: -pair[1])
-        return [pair for pair in ranked[:top_n] if score_threshold is None or pair[1] >= score_threshold]
+        scores = self.scores(query, documents)
+        order = np.argsort(-scores, kind="stable")
+        found = scores
+        if self.weight is not None:
+            ranks = np.empty(len(scores))
+            ranks[order] = np.arange(len(scores))
+            found = 1 / (RANK_CONSTANT + 1 + np.arange(len(scores))) + self.weight / (
+                RANK_CONSTANT + 1 + ranks
+            )
+            order = np.argsort(-found, kind="stable")
+        least = -np.inf if score_threshold is None else score_threshold
+        return [(int(place), float(found[place])) for place in order if scores[place] >= least][:top_n]
 
     def scores(self, query: str, documents: Sequence[str]) -> np.ndarray:
         """The score of each document, higher is better: float32 [n].

@@ -188,8 +188,8 @@ class Reranked:
 
     def details(self) -> dict[str, Any]:
         """Which model this was, and how it ranked."""
-        details = {**self._dense.details(), "reranked": self._depth}
-        return {**details, "prior": self._reranker.prior, "per_token": self._reranker.per_token}
+        settings = {name: getattr(self._reranker, name) for name in ("prior", "per_token", "weight")}
+        return {**self._dense.details(), "reranked": self._depth, **settings}
 
 
 def folder_bytes(folder: Path) -> int:

@@ -14,15 +14,16 @@ if TYPE_CHECKING:
 
 
 class AutoRegReranker(BaseDocumentCompressor):
-    """Rank documents by log p(document | query), which the checkpoint's own decoder gives.
+    """Rank documents by log p(document | query), which the checkpoint's own decoder gives, and by the retriever.
 
     For a `ContextualCompressionRetriever`, or called itself:
 
         reranker = AutoRegReranker(top_n=3, index=store.index)
         best = reranker.compress_documents(store.similarity_search(query, k=50), query)
 
-    Each document that comes back is a copy with its score as `relevance_score` in the metadata: nats, higher is better,
-    comparable for one query. The query is encoded once, documents go through the decoder in batches. With `index`, what
+    Each document that comes back is a copy with its score as `relevance_score` in the metadata, higher is better: the
+    decoder's ranking and the order in which the documents came, fused by rank, or with `weight=None` the decoder's
+    score in nats. The query is encoded once, documents go through the decoder in batches. With `index`, what
     does not depend on the query is kept there.
 
     Raises:
@@ -39,10 +40,15 @@ class AutoRegReranker(BaseDocumentCompressor):
     dtype: str = Field(
         default="auto", description='"float32", "bfloat16", ..., or what the device does best.'
     )
-    prior: str = Field(default="unconditional", description='"none", "document" or "unconditional".')
+    prior: str = Field(default="document", description='"none", "document" or "unconditional".')
     per_token: bool = Field(default=True, description="Mean over a document's tokens, or their sum.")
+    weight: float | None = Field(
+        default=0.25, ge=0, description="Of the decoder's ranking beside the retriever's; None: it alone."
+    )
     top_n: int | None = Field(default=3, ge=1, description="How many come back; None: all.")
-    score_threshold: float | None = Field(default=None, description="Leaves out documents of a lower score.")
+    score_threshold: float | None = Field(
+        default=None, description="Leaves out documents of a lower log-probability less its prior, in nats."
+    )
     batch_size: int = Field(default=32, ge=1, description="Documents per forward pass.")
     index: Any = Field(default=None, description="The DocumentIndex where priors are kept; None: nowhere.")
 
@@ -59,6 +65,7 @@ class AutoRegReranker(BaseDocumentCompressor):
             dtype=self.dtype,
             prior=self.prior,  # type: ignore[arg-type]
             per_token=self.per_token,
+            weight=self.weight,
             batch_size=self.batch_size,
             cache=self.index,
         )

@@ -56,7 +56,7 @@ def test_a_score_is_the_log_probability_less_the_prior(make, encoder, decoder, p
 
 
 def test_ranking_is_best_first_and_keeps_the_order_of_equals(make):
-    reranker = make()
+    reranker = make(weight=None)
     twice = [*DOCUMENTS, DOCUMENTS[0]]
     ranked = reranker.rank(QUERY, twice)
     scores = reranker.scores(QUERY, twice)
@@ -64,6 +64,20 @@ def test_ranking_is_best_first_and_keeps_the_order_of_equals(make):
     assert [score for _, score in ranked] == sorted(scores.tolist(), reverse=True)
     assert reranker.rank(QUERY, twice, top_n=2) == ranked[:2]
     assert reranker.rank(QUERY, twice, score_threshold=ranked[2][1]) == ranked[:3]
+
+
+@pytest.mark.parametrize("weight", [0, 0.25, 1, 100])
+def test_a_weight_fuses_the_ranking_with_the_order_of_the_documents(make, weight):
+    alone = [place for place, _ in make(weight=None).rank(QUERY, DOCUMENTS)]
+    expected = [1 / (61 + place) + weight / (61 + alone.index(place)) for place in range(len(DOCUMENTS))]
+    ranked = make(weight=weight).rank(QUERY, DOCUMENTS)
+    assert {place: pytest.approx(score) for place, score in enumerate(expected)} == dict(ranked)
+    assert [score for _, score in ranked] == sorted((score for _, score in ranked), reverse=True)
+    if weight in (0, 100):
+        assert [place for place, _ in ranked] == (alone if weight else [*range(len(DOCUMENTS))])
+    threshold = make().scores(QUERY, DOCUMENTS)[alone[1]]
+    kept = make(weight=weight).rank(QUERY, DOCUMENTS, score_threshold=threshold)
+    assert {place for place, _ in kept} == {*alone[:2]}
 
 
 def test_nothing_to_rank_is_nothing_ranked(make):
@@ -146,3 +160,9 @@ def test_a_decoder_of_another_width_is_refused(encoder, decoder, monkeypatch):
 def test_an_unknown_prior_is_refused(make):
     with pytest.raises(ValueError, match="prior must be one of none, document, unconditional, not 'self'"):
         make(prior="self")
+
+
+def test_a_weight_that_makes_no_sense_is_refused(make):
+    for weight in (-1, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=f"weight must be a number of at least 0, or None, not {weight}"):
+            make(weight=weight)

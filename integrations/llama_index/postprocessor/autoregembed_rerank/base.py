@@ -14,11 +14,12 @@ if TYPE_CHECKING:
 
 
 class AutoRegRerank(BaseNodePostprocessor):
-    """Rank nodes by log p(node | query), which the checkpoint's own decoder gives.
+    """Rank nodes by log p(node | query), which the checkpoint's own decoder gives, and by the retriever.
 
         engine = index.as_query_engine(similarity_top_k=50, node_postprocessors=[AutoRegRerank(top_n=3)])
 
-    A node's score becomes nats, higher is better, comparable for one query. The query is encoded once, nodes go through
+    A node's score becomes that of the decoder's ranking fused by rank with the order in which the nodes came, higher is
+    better, or with `weight=None` the decoder's score in nats. The query is encoded once, nodes go through
     the decoder in batches, each with the metadata that LlamaIndex would embed. With `index`, a `DocumentIndex` such as
     `AutoRegVectorStore(...).index`, what does not depend on the query is kept there.
 
@@ -36,10 +37,15 @@ class AutoRegRerank(BaseNodePostprocessor):
     dtype: str = Field(
         default="auto", description='"float32", "bfloat16", ..., or what the device does best.'
     )
-    prior: str = Field(default="unconditional", description='"none", "document" or "unconditional".')
+    prior: str = Field(default="document", description='"none", "document" or "unconditional".')
     per_token: bool = Field(default=True, description="Mean over a node's tokens, or their sum.")
+    weight: float | None = Field(
+        default=0.25, ge=0, description="Of the decoder's ranking beside the retriever's; None: it alone."
+    )
     top_n: int | None = Field(default=3, ge=1, description="How many come back; None: all.")
-    score_threshold: float | None = Field(default=None, description="Leaves out nodes of a lower score.")
+    score_threshold: float | None = Field(
+        default=None, description="Leaves out nodes of a lower log-probability less its prior, in nats."
+    )
     batch_size: int = Field(default=32, ge=1, description="Nodes per forward pass.")
     keep_retrieval_score: bool = Field(
         default=False,
@@ -67,6 +73,7 @@ class AutoRegRerank(BaseNodePostprocessor):
             dtype=self.dtype,
             prior=self.prior,  # type: ignore[arg-type]
             per_token=self.per_token,
+            weight=self.weight,
             batch_size=self.batch_size,
             cache=self.index,
         )
