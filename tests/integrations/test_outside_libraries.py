@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 
 pytest.importorskip("sentence_transformers")
 
+PAGE = Path(__file__).parents[2] / "docs" / "sentence-transformers.md"
 TEXTS = ["A quick fox.", "Oranges and lemons.", "Who writes the answer?", "</s> is no special token here"]
 # As FAISS and friends compare them.
 SAME = 0.9999
@@ -87,3 +90,31 @@ def test_llama_index_huggingface_takes_other_instructions(
     assert (cosines(queries, encoder.encode(TEXTS, "Name the topic.")) > SAME).all()
     documents = embedding.get_text_embedding_batch(TEXTS)
     assert (cosines(documents, encoder.encode(TEXTS, "Name the place.")) > SAME).all()
+
+
+def test_the_page_about_them_runs_as_written(
+    langchain_huggingface, llama_index_huggingface, tmp_path, monkeypatch
+):
+    mteb = pytest.importorskip("mteb", reason="mteb is not installed")
+    from mteb_tasks import Likeness
+
+    monkeypatch.chdir(tmp_path)
+    cache = mteb.cache.ResultCache(tmp_path / "results")  # not the user's
+    monkeypatch.setattr(mteb, "evaluate", partial(mteb.evaluate, cache=cache))
+    snippets = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert len(snippets) == 5
+    names: dict = {"tasks": [Likeness()]}
+    asked = []
+    for snippet in snippets:
+        exec(compile(snippet, PAGE.name, "exec"), names)  # noqa: S102
+        asked.append(names.get("vector"))
+    encoder = names["encoder"]
+    expected = encoder.encode_queries(["How do I copy a folder?"])
+    for queries in (
+        names["queries"],
+        [asked[2]],
+        [asked[3]],
+        names["model"].encode_query(["How do I copy a folder?"]),
+    ):
+        assert (cosines(queries, expected) > SAME).all()
+    assert names["results"].model_revision == encoder.fingerprint
