@@ -23,6 +23,8 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[all]" --group dev
+	# Only tests use it, and what they use runs with the huggingface-hub 2 that its bounds leave out.
+	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt langchain-huggingface
 	touch $(STAMP)
 
 clean:

@@ -18,6 +18,10 @@ Pooling = Literal["flatten", "mean"]
 
 CONFIG_NAME = "autoregembed.json"
 FORMAT_VERSION = 1
+# What sentence-transformers reads: the class that opens the folder, and the prompts by name.
+MODULES_NAME = "modules.json"
+PROMPTS_NAME = "config_sentence_transformers.json"
+MODULE_CLASS = "autoregembed_rag.sentence_transformers.AutoRegModule"
 
 # The file comes from outside: a number in quotes or a missing instruction must not become part of a prompt.
 _KINDS = {
@@ -63,9 +67,19 @@ class AutoRegConfig:
             )
 
     def save(self, folder: str | Path) -> None:
-        """Write `autoregembed.json` into `folder`."""
-        record = {"format_version": FORMAT_VERSION, **asdict(self)}
-        Path(folder, CONFIG_NAME).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        """Write `autoregembed.json` into `folder`, and the two files by which sentence-transformers opens it."""
+        records = {
+            CONFIG_NAME: {"format_version": FORMAT_VERSION, **asdict(self)},
+            MODULES_NAME: [{"idx": 0, "name": "0", "path": "", "type": MODULE_CLASS}],
+            PROMPTS_NAME: {
+                "model_type": "SentenceTransformer",
+                "prompts": {"query": self.query_instruction, "document": self.document_instruction},
+                "default_prompt_name": "document",
+                "similarity_fn_name": "cosine",
+            },
+        }
+        for name, record in records.items():
+            Path(folder, name).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, file: str | Path) -> AutoRegConfig:

@@ -462,7 +462,8 @@ class AutoRegEncoder:
         return known.get(name, name)
 
     def save_pretrained(self, folder: str | Path, *, state_dict: Mapping[str, Tensor] | None = None) -> None:
-        """Write a Hugging Face model folder plus `autoregembed.json`; each file appears whole or not at all.
+        """Write a Hugging Face model folder plus `autoregembed.json` and the two files by which sentence-transformers
+        opens it; each file appears whole or not at all.
 
         An encoder with an adapter writes that alone, in peft's format; `from_pretrained(folder)` merges it into the
         base, and saving the result writes a whole model.

@@ -28,8 +28,9 @@ ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
-def resolve_folder(model: str | Path) -> Path:
-    """The local folder of a model: a bundled name, a folder, or a hub id (downloaded, safetensors only).
+def resolve_folder(model: str | Path, **download: Any) -> Path:  # noqa: ANN401
+    """The local folder of a model: a bundled name, a folder, or a hub id (downloaded, safetensors only; `download`
+    goes to huggingface_hub's `snapshot_download`).
 
     FileNotFoundError lists what would work.
     """
@@ -48,7 +49,7 @@ def resolve_folder(model: str | Path) -> Path:
         raise FileNotFoundError(remedy)
     try:
         patterns = ["*.json", WEIGHTS, f"*/{WEIGHTS}", ADAPTER_WEIGHTS, "*.model", "*.txt", "*.py"]
-        return Path(snapshot_download(str(model), allow_patterns=patterns))
+        return Path(snapshot_download(str(model), allow_patterns=patterns, **download))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise FileNotFoundError(f"{remedy} (the hub said: {type(error).__name__})") from error
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from itertools import chain
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -65,6 +65,11 @@ class TextTokenizer:
         self._backend.no_truncation()
         self._backend.no_padding()
         self._spelled = self._spell_special(tokenizer.unk_token_id)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A pickled or copied tokenizer keeps everything but this."""
+        self.__dict__.update(state)
+        self._backend.encode_special_tokens = True
 
     def encode(self, texts: Sequence[str], limit: int | None = None) -> list[list[int]]:
         """Token ids of each text, at most `limit + 1` of them: one more than `limit` says it was longer."""

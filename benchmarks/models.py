@@ -14,6 +14,7 @@ from tqdm import tqdm
 from transformers import AutoModel, AutoTokenizer
 
 from autoregembed_rag import AutoRegEncoder
+from autoregembed_rag.config import CONFIG_NAME, MODULES_NAME
 from autoregembed_rag.decoder import decoder_folder
 from autoregembed_rag.loading import load_model, model_arguments
 from autoregembed_rag.prompt import TextTokenizer, pad_right
@@ -100,7 +101,7 @@ def load_candidates(
     bases, compares = bases or [], compares or []
     found: list[Candidate] = []
     for model, label in _labels([*compares, *(models or ([] if compares else ["mini"]))]):
-        if Path(model, "modules.json").is_file():
+        if Path(model, MODULES_NAME).is_file() and not Path(model, CONFIG_NAME).is_file():
             if model in compares:
                 raise ValueError(
                     f"{model} is a sentence-transformers model, which has one use: give it as --model"

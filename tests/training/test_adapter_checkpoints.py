@@ -53,6 +53,15 @@ def test_a_saved_adapter_is_small_and_loads_merged(trained):
     assert FrozenDecoder.from_pretrained(folder, device="cpu").hidden_size == encoder.hidden_size
 
 
+def test_a_saved_adapter_opens_in_sentence_transformers(trained):
+    library = pytest.importorskip("sentence_transformers")
+    encoder, folder = trained
+    arguments = {"device": "cpu", "model_kwargs": {"dtype": "float32"}}
+    model = library.SentenceTransformer(str(folder), trust_remote_code=True, **arguments)
+    np.testing.assert_allclose(model.encode_query(TEXTS), encoder.encode_queries(TEXTS), atol=1e-5)
+    np.testing.assert_allclose(model.encode_document(TEXTS), encoder.encode_documents(TEXTS), atol=1e-5)
+
+
 @pytest.mark.parametrize("family", BASES)
 def test_merge_on_save_writes_a_plain_checkpoint(family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     encoder, _ = pair(write_base(tmp_path / "base", family))

@@ -28,7 +28,9 @@ from autoregembed_rag.training.trainer import LengthBatches, StageTrainer
 FINISHED = [
     "autoregembed.json",
     "config.json",
+    "config_sentence_transformers.json",
     "model.safetensors",
+    "modules.json",
     "tokenizer.json",
     "tokenizer_config.json",
     "training.json",

@@ -131,7 +131,9 @@ def test_a_trained_checkpoint_is_the_encoder_alone_and_loads(pair, tmp_path, tin
     assert sorted(file.name for file in output.iterdir()) == [
         "autoregembed.json",
         "config.json",
+        "config_sentence_transformers.json",
         "model.safetensors",
+        "modules.json",
         "tokenizer.json",
         "tokenizer_config.json",
         "training.json",
