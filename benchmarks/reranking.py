@@ -6,7 +6,6 @@ that every way of `GenerativeReranker` is computed, alone and with its ranking f
 
 import random
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from itertools import product
 from pathlib import Path
@@ -44,8 +43,6 @@ class Scored(NamedTuple):
     """For each prior its value for all documents, NaN where it is not needed."""
     tokens: np.ndarray
     """Of each document."""
-    milliseconds: float
-    """Of the scores of a query's documents."""
 
 
 def score(encoder: AutoRegEncoder, decoder: FrozenDecoder, data: RetrievalSet, depth: int) -> Scored:
@@ -61,14 +58,12 @@ def score(encoder: AutoRegEncoder, decoder: FrozenDecoder, data: RetrievalSet, d
     given["none"][:] = 0
     given["unconditional"][needed] = decoder.log_prob(None, some, show_progress=True)
     given["document"][needed] = decoder.log_prob(encoder.compress(some, "self"), some, show_progress=True)
-    start = time.perf_counter()
     rows = [
         decoder.log_prob(states[i : i + 1], [texts[place] for place in places])
         for i, places in enumerate(tqdm(found, desc="queries", unit="query"))
     ]
-    took = 1000 * (time.perf_counter() - start) / len(questions)
     tokens = np.array([len(ids) for ids in decoder.target_ids(texts)])
-    return Scored(found, np.stack(rows), given, tokens, took)
+    return Scored(found, np.stack(rows), given, tokens)
 
 
 def ways(scored: Scored) -> Iterator[tuple[str, str, list[list[int]]]]:
@@ -133,7 +128,6 @@ def main(
             for row in results
         ],
     )
-    print(f"{scored.milliseconds:,.0f} ms a query, priors not counted")
     record = {
         "dataset": data.name,
         "split": split,
@@ -142,7 +136,6 @@ def main(
         "seed": seed,
         "model": model,
         "fingerprint": encoder.fingerprint,
-        "ms a query": scored.milliseconds,
         "results": results,
         **environment(),
     }

@@ -40,7 +40,7 @@ class AutoRegReranker(BaseDocumentCompressor):
     dtype: str = Field(
         default="auto", description='"float32", "bfloat16", ..., or what the device does best.'
     )
-    prior: str = Field(default="document", description='"none", "document" or "unconditional".')
+    prior: str = Field(default="unconditional", description='"none", "document" or "unconditional".')
     per_token: bool = Field(default=True, description="Mean over a document's tokens, or their sum.")
     weight: float | None = Field(
         default=0.25, ge=0, description="Of the decoder's ranking beside the retriever's; None: it alone."
