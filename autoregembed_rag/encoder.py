@@ -20,8 +20,10 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
+from .card import write_card
 from .config import AutoRegConfig, Pooling
 from .fingerprint import encoder_fingerprint
+from .history import read_history
 from .last_layer import restrict_last_layer
 from .loading import (
     add_embed_tokens,
@@ -461,21 +463,29 @@ class AutoRegEncoder:
         known = {"next": self.config.query_instruction, "self": self.config.document_instruction}
         return known.get(name, name)
 
-    def save_pretrained(self, folder: str | Path, *, state_dict: Mapping[str, Tensor] | None = None) -> None:
-        """Write a Hugging Face model folder plus `autoregembed.json`; each file appears whole or not at all.
+    def save_pretrained(
+        self, folder: str | Path, *, state_dict: Mapping[str, Tensor] | None = None, card: bool = True
+    ) -> None:
+        """Write a Hugging Face model folder, `autoregembed.json` and a model card; each file appears whole or not at
+        all.
 
-        An encoder with an adapter writes that alone, in peft's format; `from_pretrained(folder)` merges it into the
-        base, and saving the result writes a whole model.
+        An encoder with an adapter writes that alone, in peft's format and without a card; `from_pretrained(folder)`
+        merges it into the base, and saving the result writes a whole model.
 
         Args:
             folder: made if missing; weights of an earlier save are replaced.
             state_dict: weights to write instead of the live ones, named as in `model.state_dict()`.
+            card: write README.md, for which the weights are read once more; one that somebody has written or changed
+                stays as it is. False: leave it out.
 
         Raises:
             ValueError: `folder` is the decoder, which would be lost, or the weights are quantized.
         """
         self._refuse_quantized()
+        history = read_history(self._source if card and state_dict is None else None)
         write_checkpoint(Path(folder), self.model, self.tokenizer, self.config, state_dict)
+        if card:
+            write_card(self, Path(folder), history)
 
     def load_weights(self, folder: str | Path) -> None:
         """Put the weights that `save_pretrained` wrote to `folder` into the live model, on its device: those of the

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,13 +45,18 @@ def resolve_folder(model: str | Path) -> Path:
         "the path of a folder with config.json, *.safetensors and tokenizer files, "
         "or a Hugging Face hub id such as 'org/name'"
     )
-    if Path(model).exists() or str(model).count("/") != 1:
+    if not is_hub_id(str(model)):
         raise FileNotFoundError(remedy)
     try:
         patterns = ["*.json", WEIGHTS, f"*/{WEIGHTS}", ADAPTER_WEIGHTS, "*.model", "*.txt", "*.py"]
         return Path(snapshot_download(str(model), allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise FileNotFoundError(f"{remedy} (the hub said: {type(error).__name__})") from error
+
+
+def is_hub_id(name: str) -> bool:
+    """Could this be "user/name" on the hub, rather than a path on this machine?"""
+    return not Path(name).exists() and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name, re.ASCII) is not None
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
