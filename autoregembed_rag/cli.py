@@ -7,6 +7,7 @@ import typer
 from .cli_finetune import finetune
 from .cli_index import index, search
 from .cli_mine import mine
+from .cli_push import push
 from .cli_train import train
 
 app = typer.Typer(
@@ -17,3 +18,4 @@ app.add_typer(index, name="index")
 app.command()(search)
 app.command()(mine)
 app.command()(finetune)
+app.command()(push)

@@ -86,15 +86,18 @@ class FrozenDecoder(torch.nn.Module):
         dtype: str | torch.dtype = "auto",
         attn_implementation: str = "auto",
         max_target_tokens: int = 512,
+        revision: str | None = None,
+        token: str | bool | None = None,
         trust_remote_code: bool = False,
     ) -> FrozenDecoder:
-        """Load the decoder of an AutoRegEmbed checkpoint, or a plain language model by its folder or hub id.
+        """Load the decoder of an AutoRegEmbed checkpoint, or a plain language model by its folder or hub id; `revision`
+        and `token` are of that hub id, as in `AutoRegEncoder.from_pretrained`.
 
         Raises:
             FileNotFoundError: nothing can be loaded; the message lists what would work.
             ValueError: the checkpoint does not name its decoder.
         """
-        folder = decoder_folder(model)
+        folder = decoder_folder(model, revision, token)
         tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
         place, arguments = model_arguments(device, dtype, attn_implementation, trust_remote_code)
         lm = load_model(AutoModelForCausalLM, folder, arguments)
@@ -299,12 +302,14 @@ class FrozenDecoder(torch.nn.Module):
             )
 
 
-def decoder_folder(model: str | Path) -> Path:
+def decoder_folder(model: str | Path, revision: str | None = None, token: str | bool | None = None) -> Path:
     """The folder of the base LM that an AutoRegEmbed checkpoint names; any other model is a language model itself.
+
+    A `revision` is the checkpoint's, not that of a decoder elsewhere on the hub.
 
     FileNotFoundError lists what would work; ValueError if a checkpoint names no decoder.
     """
-    folder = resolve_folder(model)
+    folder = resolve_folder(model, revision=revision, token=token)
     file = folder / CONFIG_NAME
     if not file.exists():
         return folder
@@ -315,7 +320,7 @@ def decoder_folder(model: str | Path) -> Path:
             'or write its folder or hub id there under "decoder"'
         )
     try:
-        return resolve_folder(decoder)
+        return resolve_folder(decoder, token=token)
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"{folder} names the decoder {decoder!r}, which cannot be loaded: put it back, or write its folder or hub "

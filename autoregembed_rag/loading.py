@@ -29,16 +29,20 @@ ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
-def resolve_folder(model: str | Path) -> Path:
-    """The local folder of a model: a bundled name, a folder, or a hub id (downloaded, safetensors only).
+def resolve_folder(model: str | Path, **download: Any) -> Path:  # noqa: ANN401
+    """The local folder of a model: a bundled name, a folder, or a hub id (downloaded, safetensors only; `download`
+    goes to huggingface_hub's `snapshot_download`).
 
-    FileNotFoundError lists what would work.
+    FileNotFoundError lists what would work. ValueError: a revision of what is no hub id.
     """
     bundled = sorted(file.parent.name for file in BUNDLED.glob("*/config.json"))
-    if isinstance(model, str) and model in bundled:
-        return BUNDLED / model
-    if any(Path(model, name).is_file() for name in ("config.json", ADAPTER_CONFIG)):
-        return Path(model)
+    local = BUNDLED / model if isinstance(model, str) and model in bundled else Path(model)
+    if any((local / name).is_file() for name in ("config.json", ADAPTER_CONFIG)):
+        if (revision := download.get("revision")) is not None:
+            raise ValueError(
+                f"revision={revision!r} is of a hub id, and {str(model)!r} is a folder: leave it out"
+            )
+        return local
     remedy = (
         f"{str(model)!r} is not a model that can be loaded. "
         f"What works: a bundled name ({', '.join(map(repr, bundled)) or 'none'}), "
@@ -49,7 +53,7 @@ def resolve_folder(model: str | Path) -> Path:
         raise FileNotFoundError(remedy)
     try:
         patterns = ["*.json", WEIGHTS, f"*/{WEIGHTS}", ADAPTER_WEIGHTS, "*.model", "*.txt", "*.py"]
-        return Path(snapshot_download(str(model), allow_patterns=patterns))
+        return Path(snapshot_download(str(model), allow_patterns=patterns, **download))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise FileNotFoundError(f"{remedy} (the hub said: {type(error).__name__})") from error
 
