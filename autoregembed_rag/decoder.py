@@ -90,15 +90,18 @@ class FrozenDecoder(torch.nn.Module):
         dtype: str | torch.dtype = "auto",
         attn_implementation: str = "auto",
         max_target_tokens: int = 512,
+        revision: str | None = None,
+        token: str | bool | None = None,
         trust_remote_code: bool = False,
     ) -> FrozenDecoder:
-        """Load the decoder of an AutoRegEmbed checkpoint, or a plain language model by its folder or hub id.
+        """Load the decoder of an AutoRegEmbed checkpoint, or a plain language model by its folder or hub id; `revision`
+        and `token` are of that hub id, as in `AutoRegEncoder.from_pretrained`.
 
         Raises:
             FileNotFoundError: nothing can be loaded; the message lists what would work.
             ValueError: the checkpoint does not name its decoder.
         """
-        folder = decoder_folder(model)
+        folder = decoder_folder(model, revision, token)
         tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
         place, arguments = model_arguments(device, dtype, attn_implementation, trust_remote_code)
         lm = load_model(AutoModelForCausalLM, folder, arguments)
@@ -377,12 +380,14 @@ class FrozenDecoder(torch.nn.Module):
             )
 
 
-def decoder_folder(model: str | Path) -> Path:
+def decoder_folder(model: str | Path, revision: str | None = None, token: str | bool | None = None) -> Path:
     """The folder of the base LM that an AutoRegEmbed checkpoint names; any other model is a language model itself.
+
+    A `revision` is the checkpoint's, not that of a decoder elsewhere on the hub.
 
     FileNotFoundError lists what would work; ValueError if a checkpoint names no decoder.
     """
-    folder = resolve_folder(model)
+    folder = resolve_folder(model, revision=revision, token=token)
     file = folder / CONFIG_NAME
     return _named_folder(AutoRegConfig.load(file).decoder, folder) if file.exists() else folder
 
@@ -394,7 +399,7 @@ def _named_folder(decoder: str | None, named_by: object) -> Path:
             f'its folder or hub id under "decoder" in {CONFIG_NAME}'
         )
     try:
-        return resolve_folder(decoder)
+        return resolve_folder(decoder, token=token)
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"{named_by} names the decoder {decoder!r}, which cannot be loaded: put it back, or write its folder or "

@@ -20,8 +20,10 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
+from .card import write_card
 from .config import AutoRegConfig, Pooling
 from .fingerprint import encoder_fingerprint
+from .history import read_history
 from .last_layer import restrict_last_layer
 from .loading import (
     add_embed_tokens,
@@ -134,6 +136,8 @@ class AutoRegEncoder:
         document_instruction: str | None = None,
         max_length: int | None = None,
         quantize: str | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
         trust_remote_code: bool = False,
     ) -> AutoRegEncoder:
         """Load a trained checkpoint.
@@ -148,6 +152,8 @@ class AutoRegEncoder:
             num_tokens: use only the first so many compressed vectors; None is all.
             quantize: "int8" keeps the weights in 8 bits (needs torchao): half of bfloat16's memory, hardly another
                 speed, cosines of 0.99 and more with the full vectors. Such an encoder is neither trained nor saved.
+            revision: of a hub id: a branch, a tag or a commit; None is its main branch.
+            token: for a private hub id; None is the one of `hf auth login` or HF_TOKEN.
             trust_remote_code: run Python code that comes with the model; off unless you ask.
 
         Raises:
@@ -161,7 +167,7 @@ class AutoRegEncoder:
             "max_length": max_length,
         }
         changes = {name: value for name, value in changes.items() if value is not None}
-        folder = resolve_folder(model)
+        folder = resolve_folder(model, revision=revision, token=token)
         tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
         recorded = checkpoint_config(folder, tokenizer.get_vocab())
         config = replace(recorded, **changes)  # type: ignore[arg-type]
@@ -461,22 +467,81 @@ class AutoRegEncoder:
         known = {"next": self.config.query_instruction, "self": self.config.document_instruction}
         return known.get(name, name)
 
-    def save_pretrained(self, folder: str | Path, *, state_dict: Mapping[str, Tensor] | None = None) -> None:
-        """Write a Hugging Face model folder plus `autoregembed.json` and the two files by which sentence-transformers
-        opens it; each file appears whole or not at all.
+    def save_pretrained(
+        self, folder: str | Path, *, state_dict: Mapping[str, Tensor] | None = None, card: bool = True
+    ) -> None:
+        """Write a Hugging Face model folder, `autoregembed.json`, the two files by which sentence-transformers opens it,
+        and a model card; each file appears whole or not at all.
 
-        An encoder with an adapter writes that alone, in peft's format; `from_pretrained(folder)` merges it into the
-        base, and saving the result writes a whole model.
+        An encoder with an adapter writes that alone, in peft's format and without a card; `from_pretrained(folder)`
+        merges it into the base, and saving the result writes a whole model.
 
         Args:
             folder: made if missing; weights of an earlier save are replaced.
             state_dict: weights to write instead of the live ones, named as in `model.state_dict()`.
+            card: write README.md, for which the weights are read once more; one that somebody has written or changed
+                stays as it is. False: leave it out.
 
         Raises:
             ValueError: `folder` is the decoder, which would be lost, or the weights are quantized.
         """
         self._refuse_quantized()
+        history = read_history(self._source if card and state_dict is None else None)
         write_checkpoint(Path(folder), self.model, self.tokenizer, self.config, state_dict)
+        if card:
+            write_card(self, Path(folder), history)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str = "Upload AutoRegEncoder",
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        card: str | None = None,
+    ) -> str:
+        """Upload the checkpoint, its decoder and a model card to the Hugging Face hub, from where
+        `from_pretrained(repo_id)` loads them.
+
+        Weights that are unchanged since they were loaded are uploaded as they are stored, whatever dtype they run in,
+        so that the fingerprint stays; others as they are in memory, an adapter that `from_pretrained` loaded merged. A
+        decoder that is a folder on this machine goes along as `decoder/`; of one that is a hub id only the name does.
+
+        Args:
+            repo_id: "user/name" or "name", which is one's own; made if missing.
+            commit_message: of the upload.
+            private: make a new repository private; None is what its owner has set. One that is there stays as it is.
+            token: with the right to write; None is the one of `hf auth login` or HF_TOKEN.
+            revision: branch to upload to, made if missing; None is main.
+            create_pr: open a pull request instead.
+            card: the README.md, by `card.model_card` for example. None: the one in the folder that the encoder was
+                loaded from if somebody has written it, else the repository's if somebody has written that, else a
+                generated one.
+
+        Returns:
+            The URL of the commit, or of the pull request.
+
+        Raises:
+            ValueError: `repo_id` is none; the encoder has a live adapter, is quantized, or its decoder is gone.
+            PermissionError: nobody is logged in, or without the right to write there.
+            ConnectionError: the hub cannot be reached.
+            OSError: it refuses for another reason, which is named.
+        """
+        from .hub import push
+
+        self._refuse_quantized()
+        return push(
+            self,
+            repo_id,
+            commit_message=commit_message,
+            private=private,
+            token=token,
+            revision=revision,
+            create_pr=create_pr,
+            card=card,
+        )
 
     def load_weights(self, folder: str | Path) -> None:
         """Put the weights that `save_pretrained` wrote to `folder` into the live model, on its device: those of the
@@ -491,7 +556,7 @@ class AutoRegEncoder:
     def _refuse_quantized(self) -> None:
         if self._load_arguments.get("quantize"):
             raise ValueError(
-                "an encoder with quantized weights is neither trained nor saved: load it without quantize"
+                "an encoder with quantized weights is neither trained nor saved nor pushed: load it without quantize"
             )
 
     def __reduce__(self) -> tuple[Any, ...]:

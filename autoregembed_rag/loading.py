@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,26 +33,34 @@ def resolve_folder(model: str | Path, **download: Any) -> Path:  # noqa: ANN401
     """The local folder of a model: a bundled name, a folder, or a hub id (downloaded, safetensors only; `download`
     goes to huggingface_hub's `snapshot_download`).
 
-    FileNotFoundError lists what would work.
+    FileNotFoundError lists what would work. ValueError: a revision of what is no hub id.
     """
     bundled = sorted(file.parent.name for file in BUNDLED.glob("*/config.json"))
-    if isinstance(model, str) and model in bundled:
-        return BUNDLED / model
-    if any(Path(model, name).is_file() for name in ("config.json", ADAPTER_CONFIG)):
-        return Path(model)
+    local = BUNDLED / model if isinstance(model, str) and model in bundled else Path(model)
+    if any((local / name).is_file() for name in ("config.json", ADAPTER_CONFIG)):
+        if (revision := download.get("revision")) is not None:
+            raise ValueError(
+                f"revision={revision!r} is of a hub id, and {str(model)!r} is a folder: leave it out"
+            )
+        return local
     remedy = (
         f"{str(model)!r} is not a model that can be loaded. "
         f"What works: a bundled name ({', '.join(map(repr, bundled)) or 'none'}), "
         "the path of a folder with config.json, *.safetensors and tokenizer files, "
         "or a Hugging Face hub id such as 'org/name'"
     )
-    if Path(model).exists() or str(model).count("/") != 1:
+    if not is_hub_id(str(model)):
         raise FileNotFoundError(remedy)
     try:
         patterns = ["*.json", WEIGHTS, f"*/{WEIGHTS}", ADAPTER_WEIGHTS, "*.model", "*.txt", "*.py"]
         return Path(snapshot_download(str(model), allow_patterns=patterns, **download))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise FileNotFoundError(f"{remedy} (the hub said: {type(error).__name__})") from error
+
+
+def is_hub_id(name: str) -> bool:
+    """Could this be "user/name" on the hub, rather than a path on this machine?"""
+    return not Path(name).exists() and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name, re.ASCII) is not None
 
 
 def resolve_device(device: str | torch.device) -> torch.device:

@@ -158,12 +158,13 @@ def grow_table(body: PreTrainedModel, size: int) -> None:
 
 def write_checkpoint(
     folder: Path,
-    model: nn.Module,
+    model: nn.Module | Path,
     tokenizer: PreTrainedTokenizerBase,
     config: AutoRegConfig,
-    state_dict: Mapping[str, Tensor] | None,
+    state_dict: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write weights, tokenizer and settings into `folder`, each file whole or not at all.
+    """Write weights, tokenizer and settings into `folder`, each file whole or not at all; where `model` is a folder,
+    links to the weights that are stored there.
 
     ValueError if `folder` is the decoder, which would be lost.
     """
@@ -171,7 +172,10 @@ def write_checkpoint(
         raise ValueError(f"{folder} is the base model, which the decoder needs: save into another folder")
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as beside:
-        _save_weights(model, Path(beside), state_dict)
+        if isinstance(model, Path):
+            link_weights(model, Path(beside))
+        else:
+            _save_weights(model, Path(beside), state_dict)
         tokenizer.save_pretrained(beside)
         config.relative_to(folder).save(beside)
         written = sorted(Path(beside).iterdir(), key=lambda file: file.name == CONFIG_NAME)
@@ -183,6 +187,21 @@ def write_checkpoint(
     stale = earlier - {folder / file.name for file in written}
     for file in sorted(stale, key=lambda file: file.name != ADAPTER_CONFIG):
         file.unlink(missing_ok=True)
+
+
+def link_weights(source: Path, folder: Path) -> None:
+    """Put links to the model that is stored in `source` into `folder`: weights and architecture.
+
+    FileNotFoundError: no safetensors.
+    """
+    if not any(source.glob(WEIGHTS)):
+        raise FileNotFoundError(
+            f"{source} has no {WEIGHTS} (pickled weights are not read): load it where you trust it and call "
+            "save_pretrained, which writes safetensors"
+        )
+    for file in (*source.glob(f"{WEIGHTS}*"), source / "config.json", source / "generation_config.json"):
+        if file.is_file():
+            (folder / file.name).symlink_to(file.resolve())
 
 
 def _save_weights(model: nn.Module, folder: Path, state_dict: Mapping[str, Tensor] | None) -> None:

@@ -12,12 +12,12 @@ from typing import Any
 from safetensors import SafetensorError
 
 from ..fingerprint import weights_digest
+from ..history import REPORT
 from ..training.checkpoints import write_json
 from .curves import draw_losses
 from .evaluation import FEW_QUERIES, FEWEST, Comparison, Scores
 from .planning import Plan
 
-REPORT = "report.json"
 CURVES = "losses.png"
 
 

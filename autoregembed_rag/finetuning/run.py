@@ -28,9 +28,11 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, cast
 
+from ..card import write_card
 from ..decoder import FrozenDecoder
 from ..encoder import AutoRegEncoder
-from ..loading import BUNDLED
+from ..history import REPORT, earlier_stages, read_history
+from ..loading import BUNDLED, resolve_folder
 from ..training.alignment import train_alignment
 from ..training.arguments import AlignmentArguments, CompressionArguments, ContrastArguments, StageArguments
 from ..training.checkpoints import sole_writer
@@ -46,7 +48,7 @@ from .evaluation import Scores, compare, retrieval_score
 from .judged import Judged
 from .models import is_base, load_encoder, load_pair
 from .planning import Plan, StagePlan, measure_evaluation, measure_stage, plan_stages
-from .report import REPORT, FinetuneReport
+from .report import FinetuneReport
 from .state import (
     EVENTS,
     STAGES,
@@ -234,7 +236,7 @@ class _Run:
         last: str | Path = self.model
         for stage in plan.stages:
             last = self._train(stage, last)
-        self._with_decoder(self._blended(last)).save_pretrained(self.output)
+        self._with_decoder(self._blended(last)).save_pretrained(self.output, card=False)
         trained = AutoRegEncoder.from_pretrained(self.output, device=self.device, dtype="float32")
         after = retrieval_score(trained, self.prepared.evaluation, show_progress=True)
         report = FinetuneReport(
@@ -246,6 +248,7 @@ class _Run:
             seconds=time.monotonic() - started,
         )
         report.save(self.output)
+        write_card(trained, self.output, read_history(self.output))
         shutil.rmtree(self.output / STAGES)
         return report
 
@@ -271,7 +274,7 @@ class _Run:
         budget = None if minutes is None else 60 * minutes - evaluation
         planned = plan_stages({name: len(self.rows[name]) for name in stages}, stages, speeds, budget)
         plan = Plan(self.prepared.kind, self.prepared.counts, planned, evaluation, minutes)
-        write_plan(self.output, self.identity, plan)
+        write_plan(self.output, self.identity, plan, earlier_stages(resolve_folder(self.model)))
         return plan
 
     def _before(self) -> Scores:

@@ -8,12 +8,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..training.checkpoints import RECORD, write_json
+from ..history import PLAN, RECORD
+from ..training.checkpoints import write_json
 from .evaluation import Evaluation, Scores
 from .planning import Plan
 from .report import recorded
 
-PLAN = "plan.json"
 BEFORE = "before.json"
 STAGES = "stages"
 EVENTS = "runs"
@@ -29,9 +29,9 @@ def check_output(output: Path) -> None:
         raise ValueError(f"{output} is not empty and holds no fine-tuning run: give a new or empty folder")
 
 
-def write_plan(output: Path, identity: Mapping[str, Any], plan: Plan) -> None:
-    """Begin a run in `output`; `identity` decides its result."""
-    write_json(output / PLAN, {"run": dict(identity), "plan": plan.facts})
+def write_plan(output: Path, identity: Mapping[str, Any], plan: Plan, earlier: list[dict[str, Any]]) -> None:
+    """Begin a run in `output`; `identity` decides its result, `earlier` are the stages that the model has behind it."""
+    write_json(output / PLAN, {"run": dict(identity), "plan": plan.facts, "earlier": earlier})
 
 
 def read_plan(output: Path, identity: Mapping[str, Any]) -> Plan | None:

@@ -23,11 +23,12 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from ..history import RECORD
+
 logger = logging.getLogger(__name__)
 
 MARKER = "complete.json"
 STAGING = ".saving"
-RECORD = "training.json"
 UNFINISHED = ".unfinished"
 
 

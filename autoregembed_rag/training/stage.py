@@ -18,13 +18,14 @@ from transformers import PreTrainedModel, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 from transformers.trainer import TRAINER_STATE_NAME
 
+from ..card import write_card
 from ..decoder import FrozenDecoder
 from ..encoder import AutoRegEncoder
 from ..fingerprint import weights_digest
+from ..history import RECORD, earlier_stages, stage_history
 from ..loading import resolve_dtype
 from .arguments import StageArguments
 from .checkpoints import (
-    RECORD,
     CheckpointError,
     check_free,
     check_no_stranger,
@@ -74,6 +75,7 @@ class Stage:
         self.output = Path(output)
         self.arguments = arguments
         self._check_output()
+        self.earlier = earlier_stages(encoder._source)
         self.bf16 = computes_in_bf16(encoder, arguments)
         check_sharding(encoder)
         self.trainer_arguments = trainer_arguments(arguments, self.output, encoder.model.device, self.bf16)
@@ -156,7 +158,7 @@ class Stage:
                 self._warn_of_cut_texts()
             elif self._leads:
                 with saving(self.output):
-                    self.encoder.save_pretrained(self.output)
+                    self.encoder.save_pretrained(self.output, card=False)
             if self._leads:
                 with saving(self.output):
                     self._finish(log, time.monotonic() - started)
@@ -219,9 +221,8 @@ class Stage:
 
     def _finish(self, log: list[dict[str, float]], seconds: float) -> None:
         if self.identity["merge_adapter"]:
-            AutoRegEncoder.from_pretrained(self.output, device="cpu", dtype="float32").save_pretrained(
-                self.output
-            )
+            merged = AutoRegEncoder.from_pretrained(self.output, device="cpu", dtype="float32")
+            merged.save_pretrained(self.output, card=False)
         sync_files(self.output)
         record = {
             "run": self.identity,
@@ -230,7 +231,9 @@ class Stage:
             "seconds": round(seconds, 1),
             "versions": {name: version(name) for name in ("autoregembed-rag", "torch", "transformers")},
             "losses": [entry for entry in log if "loss" in entry],
+            "earlier": self.earlier,
         }
+        write_card(self.encoder, self.output, stage_history(record))
         write_json(self.output / RECORD, record)
         end(self.output)
 

@@ -308,7 +308,8 @@ class StageTrainer(SafeTrainer):
         if not self.args.should_save:
             return
         gathered = state_dict and {name.removeprefix("body."): tensor for name, tensor in state_dict.items()}
-        self.stage.encoder.save_pretrained(output_dir or str(self.args.output_dir), state_dict=gathered)
+        folder = output_dir or str(self.args.output_dir)
+        self.stage.encoder.save_pretrained(folder, state_dict=gathered, card=False)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Nothing: the weights were loaded before Trainer wrapped or sharded the model."""

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from autoregembed_rag import AutoRegEncoder
+from autoregembed_rag.card import CARD_NAME, model_card
 from autoregembed_rag.config import CONFIG_NAME
 
 from .bag import DOCUMENTS
@@ -22,7 +23,7 @@ MAX_BYTES = 32_000_000
 def package(work: Path, stages: list[str], size: Size, seed: int, output: Path) -> None:
     """Write encoder, decoder and card into `output`; ValueError if the weights outgrow the package."""
     encoder = AutoRegEncoder.from_pretrained(work / "aligned", device="cpu", dtype="bfloat16")
-    encoder.save_pretrained(output)
+    encoder.save_pretrained(output, card=False)
     decoder = AutoModelForCausalLM.from_pretrained(work / "base", dtype=torch.bfloat16)
     decoder.save_pretrained(output / "decoder")
     AutoTokenizer.from_pretrained(work / "base").save_pretrained(output / "decoder")
@@ -33,29 +34,18 @@ def package(work: Path, stages: list[str], size: Size, seed: int, output: Path) 
         raise ValueError(
             f"{output} holds {written:,} bytes, more than the {MAX_BYTES:,} that a package may carry"
         )
-    (output / "README.md").write_text(model_card(work, stages, size, seed, output, decoder), encoding="utf-8")
+    (output / CARD_NAME).write_text(card(work, stages, size, seed, output, decoder), encoding="utf-8")
 
 
-def model_card(
-    work: Path, stages: list[str], size: Size, seed: int, output: Path, decoder: PreTrainedModel
-) -> str:
+def card(work: Path, stages: list[str], size: Size, seed: int, output: Path, decoder: PreTrainedModel) -> str:
     """What the checkpoint is, what it saw and what it cannot do."""
     encoder = AutoRegEncoder.from_pretrained(output, device="cpu")
     seconds = {name: int((work / f"{name}.seconds").read_text()) for name in stages}
     minutes = "\n".join(f"| {name.split('.')[0]} | {math.ceil(s / 60)} |" for name, s in seconds.items())
     shape = "\n".join(f"| {name} | {value:,} |" for name, value in asdict(size).items())
-    return CARD.format(
-        fingerprint=encoder.fingerprint,
-        parameters=_millions(encoder.model),
+    about = ABOUT.format(
         decoder_parameters=_millions(decoder),
-        hidden=encoder.hidden_size,
-        layers=size.num_layers,
         vocabulary=f"{size.vocab_size:,}",
-        k=encoder.num_compressed_tokens,
-        dimension=f"{encoder.dimension:,}",
-        max_length=encoder.config.max_length,
-        query_instruction=encoder.config.query_instruction,
-        document_instruction=encoder.config.document_instruction,
         text_perplexity=decoder.config.held_out_perplexity["text"],
         own_perplexity=decoder.config.held_out_perplexity["own_vectors"],
         others_perplexity=decoder.config.held_out_perplexity["others_vectors"],
@@ -69,33 +59,16 @@ def model_card(
         minutes=minutes,
         shape=shape,
     )
+    return model_card(encoder, "mini", about=about, license="apache-2.0", language="en")
 
 
 def _millions(model: torch.nn.Module) -> str:
     return f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}"
 
 
-CARD = """---
-license: apache-2.0
-library_name: autoregembed-rag
-pipeline_tag: feature-extraction
-language: en
----
-# mini
-
-A small AutoRegEmbed text embedder, trained from scratch by `recipes/mini` on public text. It makes
-`AutoRegEmbeddings()` work with no download; it is no match for a model of billions of parameters.
-
-- fingerprint `{fingerprint}`; {parameters}M parameters: Llama architecture, hidden size {hidden}, {layers} layers,
-  {vocabulary} byte-level BPE tokens of lower-cased text; the decoder has {decoder_parameters}M;
-- k = {k} compressed tokens, {dimension} dimensions flattened, {max_length} tokens of context;
-- I_next: "{query_instruction}"; I_self: "{document_instruction}"
-
-```python
-from autoregembed_rag import AutoRegEncoder
-
-encoder = AutoRegEncoder.from_pretrained("mini")
-```
+ABOUT = """It is small and was trained from scratch by `recipes/mini` on public text. It makes `AutoRegEmbeddings()`
+work with no download; it is no match for a model of billions of parameters. It reads {vocabulary} byte-level BPE tokens
+of lower-cased text; its decoder has {decoder_parameters}M parameters.
 
 ## What each weight saw
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -335,3 +336,20 @@ def test_documents_may_be_given_in_memory(folder, tiny_checkpoint, tmp_path):
     assert isinstance(documents[0].sections[0], Section)
     report = run(documents, tmp_path / "out", tiny_checkpoint, compression=None, alignment=None)
     assert report.plan.counts["documents"] == 12
+
+
+def test_the_card_says_what_was_found_how_it_was_trained_and_what_came_of_it(finished, tiny_checkpoint):
+    output, report, _ = finished
+    card = (output / "README.md").read_text(encoding="utf-8")
+    start = AutoRegEncoder.from_pretrained(tiny_checkpoint, device="cpu", dtype="float32")
+    c = report.comparison
+    assert f"from the model with fingerprint `{start.fingerprint}`" in card
+    assert "documents: 12" in card
+    assert "held_out 0.3" in card
+    assert "|  | compression | alignment | contrast |" in card
+    assert "| max_steps | 2 | 2 | 2 |" in card
+    assert f"nDCG@10 {c.before:.4f} and {c.after:.4f}" in card
+    assert card.rstrip().splitlines()[-3].endswith(f": {report.verdict}.")
+    (result,) = ModelCard(card).data.eval_results
+    assert result.metric_value == round(c.after, 4)
+    assert str(tiny_checkpoint) not in card

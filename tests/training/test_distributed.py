@@ -164,6 +164,7 @@ def test_a_checkpoint_is_written_once_and_whole(runs, kind):
 def test_the_result_of_two_processes_loads_in_one(runs, kind, name):
     output = runs[kind] / name
     encoder = AutoRegEncoder.from_pretrained(output, device="cpu", dtype="float32")
+    assert encoder.fingerprint in (output / "README.md").read_text()
     saved = weights(runs[kind], name)
     assert all(torch.equal(saved[key], tensor) for key, tensor in encoder.model.state_dict().items())
     decoder = FrozenDecoder.from_pretrained(output, device="cpu", dtype="float32")

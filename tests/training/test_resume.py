@@ -26,6 +26,7 @@ from autoregembed_rag.training.stage import read_record
 from autoregembed_rag.training.trainer import LengthBatches, StageTrainer
 
 FINISHED = [
+    "README.md",
     "autoregembed.json",
     "config.json",
     "config_sentence_transformers.json",

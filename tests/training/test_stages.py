@@ -129,6 +129,7 @@ def test_a_trained_checkpoint_is_the_encoder_alone_and_loads(pair, tmp_path, tin
     output = tmp_path / "out"
     train_compression(encoder, decoder, COMPRESSION, output, compression_arguments(save_steps=1))
     assert sorted(file.name for file in output.iterdir()) == [
+        "README.md",
         "autoregembed.json",
         "config.json",
         "config_sentence_transformers.json",

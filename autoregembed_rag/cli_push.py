@@ -1,0 +1,74 @@
+"""`autoregembed push`: a checkpoint to the Hugging Face hub."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .cli_errors import errors_in_one_line
+
+
+def push(
+    model: Annotated[
+        str, typer.Argument(metavar="DIR", help="Folder of the checkpoint.", show_default=False)
+    ],
+    repo_id: Annotated[
+        str, typer.Argument(metavar="REPO_ID", help="user/name; made if missing.", show_default=False)
+    ],
+    private: Annotated[
+        bool | None, typer.Option("--private/--public", help="Of a new repository. Default: its owner's.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, made if missing. Default: main.")] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
+    message: Annotated[str, typer.Option(help="Of the commit.")] = "Upload AutoRegEncoder",
+    license: Annotated[str | None, typer.Option(help="For the model card: apache-2.0, mit, ...")] = None,  # noqa: A002
+    language: Annotated[str | None, typer.Option(help="For the model card: en, or en,de.")] = None,
+    scores: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="For the model card: results.json of benchmarks.retrieval or benchmarks.sts; repeatable."
+        ),
+    ] = None,
+) -> None:
+    """Upload a checkpoint with its decoder and a model card; log in with `hf auth login` or HF_TOKEN.
+
+    A README.md that you have written into DIR goes as it is; otherwise the card says what training left on record.
+
+    Example: autoregembed push ./fitted my-name/fitted --license apache-2.0
+    """
+    with errors_in_one_line():
+        # Imported here, for these take seconds.
+        from .card import CARD_NAME, is_generated, model_card
+        from .encoder import AutoRegEncoder
+
+        encoder = AutoRegEncoder.from_pretrained(model, device="cpu")
+        card = None
+        if license or language or scores:
+            own = Path(model, CARD_NAME)
+            if own.is_file() and not is_generated(own):
+                raise ValueError(
+                    f"{own} is your own, so --license, --language and --scores have no place: write them there, or "
+                    "remove it"
+                )
+            reports = [_read(file) for file in scores or []]
+            languages = language.split(",") if language else None
+            card = model_card(encoder, repo_id, scores=reports, license=license, language=languages)
+        url = encoder.push_to_hub(
+            repo_id,
+            commit_message=message,
+            private=private,
+            revision=revision,
+            create_pr=create_pr,
+            card=card,
+        )
+    typer.echo(url)
+
+
+def _read(file: Path) -> dict[str, object]:
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{file} is no JSON report: {error}") from error

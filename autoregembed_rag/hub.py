@@ -1,0 +1,173 @@
+"""To the Hugging Face hub: a checkpoint, its decoder and its card, as `from_pretrained` finds them there."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+)
+
+from .card import CARD_NAME, is_generated, write_card
+from .config import AutoRegConfig
+from .history import read_history
+from .loading import WEIGHTS, is_hub_id, load_tokenizer
+from .weights import is_adapter, link_weights, write_checkpoint
+
+if TYPE_CHECKING:
+    from .encoder import AutoRegEncoder
+
+logger = logging.getLogger(__name__)
+
+DECODER = "decoder"
+# What an earlier upload may have left that would be taken for a part of this one.
+_STALE = [f"{WEIGHTS}*", "adapter_*", f"{DECODER}/*"]
+
+
+def push(
+    encoder: AutoRegEncoder,
+    repo_id: str,
+    *,
+    commit_message: str,
+    private: bool | None,
+    token: str | bool | None,
+    revision: str | None,
+    create_pr: bool,
+    card: str | None,
+) -> str:
+    """What `AutoRegEncoder.push_to_hub` says."""
+    if encoder.has_adapter:
+        raise ValueError(
+            "an encoder with a live adapter cannot be pushed: save_pretrained(folder), load that with from_pretrained, "
+            "which merges the adapter, and push the result"
+        )
+    decoder = decoder_to_push(encoder.config)
+    api = HfApi(token=token)
+    with _said_clearly(repo_id):
+        repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision is not None and not create_pr and not revision.startswith("refs/"):
+            api.create_branch(repo, branch=revision, exist_ok=True)
+        theirs = card is None and _has_own_card(repo, None if create_pr else revision, token)
+    with TemporaryDirectory(prefix="autoregembed-") as temporary:
+        folder = Path(temporary)
+        write_for_hub(encoder, folder, decoder, repo, card)
+        if theirs and is_generated(folder / CARD_NAME):
+            logger.info("%s keeps its own %s, which is not a generated one", repo, CARD_NAME)
+            (folder / CARD_NAME).unlink()
+        with _said_clearly(repo):
+            commit = api.upload_folder(
+                repo_id=repo,
+                folder_path=folder,
+                commit_message=commit_message,
+                revision=revision,
+                create_pr=create_pr,
+                delete_patterns=_STALE,
+            )
+    return str(commit.pr_url or commit.commit_url)
+
+
+def write_for_hub(
+    encoder: AutoRegEncoder, folder: Path, decoder: Path | None, repo: str, card: str | None = None
+) -> None:
+    """Write into the empty `folder` what is to be in the repository `repo`, with links to weights that are stored
+    already; arguments as `push` has them."""
+    source = encoder._source
+    config = encoder.config
+    if decoder is not None:
+        config = replace(config, decoder=str(folder.resolve() / DECODER))
+        (folder / DECODER).mkdir()
+        link_weights(decoder, folder / DECODER)
+        load_tokenizer(decoder).save_pretrained(folder / DECODER)
+    stored = None if source is None or is_adapter(source) else source
+    write_checkpoint(folder, stored or encoder.model, encoder.tokenizer, config)
+    if card is not None:
+        (folder / CARD_NAME).write_text(card, encoding="utf-8")
+    elif source is not None and (source / CARD_NAME).is_file() and not is_generated(source / CARD_NAME):
+        shutil.copyfile(source / CARD_NAME, folder / CARD_NAME)
+    else:
+        write_card(encoder, folder, read_history(source), repo)
+
+
+def decoder_to_push(config: AutoRegConfig) -> Path | None:
+    """The folder of a decoder that has to go along; None where a name on the hub is enough, or none is known.
+
+    ValueError: it is a folder that is gone.
+    """
+    if config.decoder is None or is_hub_id(config.decoder):
+        return None
+    folder = Path(config.decoder)
+    if not folder.is_dir():
+        raise ValueError(
+            f"the decoder {config.decoder!r} is neither a folder nor a hub id: put it back, or write its hub id (or "
+            'null, to push without it) under "decoder" in autoregembed.json and load the encoder again'
+        )
+    return folder
+
+
+def _has_own_card(repo: str, revision: str | None, token: str | bool | None) -> bool:
+    """Is there a README.md in the repository that somebody has written, or changed?"""
+    with TemporaryDirectory(prefix="autoregembed-") as folder:
+        try:
+            card = hf_hub_download(repo, CARD_NAME, revision=revision, token=token, local_dir=folder)
+        except LocalEntryNotFoundError:  # the hub did not answer
+            raise
+        except EntryNotFoundError:
+            return False
+        return not is_generated(Path(card))
+
+
+@contextmanager
+def _said_clearly(repo: str) -> Iterator[None]:
+    """What the hub's client raises, as an error that names the remedy."""
+    # The HTTPError of httpx, a package whose name differs from release to release of the client.
+    network: Any = HfHubHTTPError.__bases__[0]
+    try:
+        yield
+    except HFValidationError as error:
+        raise ValueError(f'{repo!r} is no name of a repository: write "user/name" ({error})') from error
+    except OfflineModeIsEnabled as error:
+        raise ConnectionError(
+            "the hub cannot be reached, because HF_HUB_OFFLINE is set: take that away"
+        ) from error
+    except LocalTokenNotFoundError as error:
+        raise PermissionError(_LOG_IN) from error
+    except HfHubHTTPError as error:
+        raise _refusal(error, repo) from error
+    except (network, LocalEntryNotFoundError) as error:
+        raise ConnectionError(
+            f"the hub cannot be reached ({type(error).__name__}: {error}): look after the network, HF_ENDPOINT and "
+            "proxies, and push again"
+        ) from error
+    except RuntimeError as error:  # a file that failed to upload
+        raise OSError(f"the upload to {repo} failed ({error.__cause__ or error}): push again") from error
+
+
+_LOG_IN = (
+    "the hub does not know who you are: run `hf auth login`, set HF_TOKEN or give token=, in each case with a token "
+    "that may write"
+)
+
+
+def _refusal(error: HfHubHTTPError, repo: str) -> OSError:
+    status = error.response.status_code
+    if status == 401:
+        return PermissionError(_LOG_IN)
+    if status == 403:
+        return PermissionError(
+            f"you may not write to {repo}: push to a repository of your own, or give a token with the right to write "
+            "there (or create_pr=True)"
+        )
+    return OSError(f"the hub refuses {repo} ({status}: {error.server_message or str(error).splitlines()[0]})")
