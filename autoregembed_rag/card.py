@@ -160,10 +160,6 @@ class Facts:
         config = self.encoder.config
         return self._hidden_size * (config.num_compressed_tokens if config.pooling == "flatten" else 1)
 
-    @property
-    def _opens_in_sentence_transformers(self) -> bool:
-        return (self.folder / "modules.json").is_file()
-
     def _front(self, title: str, license: str | None, language: str | Sequence[str] | None) -> str:  # noqa: A002
         from huggingface_hub import ModelCardData
 
@@ -175,7 +171,7 @@ class Facts:
                 "autoregembed",
                 "sentence-similarity",
                 "feature-extraction",
-                *(["sentence-transformers"] if self._opens_in_sentence_transformers else []),
+                "sentence-transformers",
             ],
             base_model=self._base,
             license=license,
@@ -237,9 +233,7 @@ class Facts:
         parts = [LOADING]
         if self._has_decoder:
             parts.append(DECODING)
-        parts += [LANGCHAIN, LLAMA_INDEX]
-        if self._opens_in_sentence_transformers:
-            parts.append(SENTENCE_TRANSFORMERS)
+        parts += [LANGCHAIN, LLAMA_INDEX, SENTENCE_TRANSFORMERS]
         return "\n\n".join(parts).replace("NAME", _quoted(name)).replace("DIMENSION", str(self._dimension))
 
     def _training(self) -> str | None:
@@ -390,12 +384,13 @@ index = VectorStoreIndex.from_documents(
 print(index.as_retriever(similarity_top_k=1).retrieve("Who wrote Faust?"))
 ```"""
 
-SENTENCE_TRANSFORMERS = """sentence-transformers (the class is the installed package's, the checkpoint holds no code):
+SENTENCE_TRANSFORMERS = """sentence-transformers:
 
 ```python
 from sentence_transformers import SentenceTransformer
+from autoregembed_rag.sentence_transformers import AutoRegModule
 
-model = SentenceTransformer(NAME, trust_remote_code=True)
+model = SentenceTransformer(modules=[AutoRegModule.load(NAME)])
 queries = model.encode_query(["Who wrote Faust?"])
 documents = model.encode_document(["Goethe wrote Faust."])
 print(model.similarity(queries, documents))

@@ -389,10 +389,10 @@ def decoder_folder(model: str | Path, revision: str | None = None, token: str | 
     """
     folder = resolve_folder(model, revision=revision, token=token)
     file = folder / CONFIG_NAME
-    return _named_folder(AutoRegConfig.load(file).decoder, folder) if file.exists() else folder
+    return _named_folder(AutoRegConfig.load(file).decoder, folder, token) if file.exists() else folder
 
 
-def _named_folder(decoder: str | None, named_by: object) -> Path:
+def _named_folder(decoder: str | None, named_by: object, token: str | bool | None = None) -> Path:
     if decoder is None:
         raise ValueError(
             f"{named_by} does not name its decoder: pass the base language model that it was trained with, or write "

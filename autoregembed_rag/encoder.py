@@ -470,8 +470,8 @@ class AutoRegEncoder:
     def save_pretrained(
         self, folder: str | Path, *, state_dict: Mapping[str, Tensor] | None = None, card: bool = True
     ) -> None:
-        """Write a Hugging Face model folder, `autoregembed.json`, the two files by which sentence-transformers opens it,
-        and a model card; each file appears whole or not at all.
+        """Write a Hugging Face model folder, `autoregembed.json`, the two files by which sentence-transformers opens
+        it, and a model card; each file appears whole or not at all.
 
         An encoder with an adapter writes that alone, in peft's format and without a card; `from_pretrained(folder)`
         merges it into the base, and saving the result writes a whole model.
