@@ -29,6 +29,18 @@ def test_python_snippets_run_as_written_one_after_the_other(tmp_path, monkeypatc
     assert "Don Quixote" not in printed
 
 
+def test_the_page_on_reranking_shows_what_happens(tmp_path, monkeypatch, capsys):
+    page = (ROOT / "docs" / "reranking.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    for snippet in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL):
+        exec(compile(snippet, "reranking.md", "exec"), names)  # noqa: S102
+    ranked, scores, best, _ = capsys.readouterr().out.splitlines()
+    assert ranked.startswith("[(0, ")
+    assert len(scores.split()) == 2
+    assert best.startswith("Goethe wrote Faust. 0.")
+
+
 def test_the_snippet_that_moves_a_community_store_moves_it(tmp_path, monkeypatch):
     community = pytest.importorskip(
         "langchain_community.vectorstores", reason="langchain-community is not installed"
@@ -59,7 +71,7 @@ def test_the_snippet_that_moves_a_community_store_moves_it(tmp_path, monkeypatch
     sorted(
         set(
             re.findall(
-                r"^autoregembed (train \w+|index \w+|search|mine|finetune)", README, flags=re.MULTILINE
+                r"^autoregembed (train \w+|index \w+|search|mine|finetune|explain)", README, flags=re.MULTILINE
             )
         )
     ),
