@@ -17,10 +17,16 @@ if TYPE_CHECKING:
     from .config import AutoRegConfig
     from .decoder import FrozenDecoder
     from .encoder import AutoRegEncoder
+    from .pooling import truncate
 
-__all__ = ["AutoRegConfig", "AutoRegEncoder", "FrozenDecoder"]
+__all__ = ["AutoRegConfig", "AutoRegEncoder", "FrozenDecoder", "truncate"]
 
-_HOMES = {"AutoRegConfig": ".config", "AutoRegEncoder": ".encoder", "FrozenDecoder": ".decoder"}
+_HOMES = {
+    "AutoRegConfig": ".config",
+    "AutoRegEncoder": ".encoder",
+    "FrozenDecoder": ".decoder",
+    "truncate": ".pooling",
+}
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401
