@@ -17,15 +17,17 @@ if TYPE_CHECKING:
     from .config import AutoRegConfig
     from .decoder import FrozenDecoder
     from .encoder import AutoRegEncoder
+    from .pooling import truncate
     from .reranking import GenerativeReranker
 
-__all__ = ["AutoRegConfig", "AutoRegEncoder", "FrozenDecoder", "GenerativeReranker"]
+__all__ = ["AutoRegConfig", "AutoRegEncoder", "FrozenDecoder", "GenerativeReranker", "truncate"]
 
 _HOMES = {
     "AutoRegConfig": ".config",
     "AutoRegEncoder": ".encoder",
     "FrozenDecoder": ".decoder",
     "GenerativeReranker": ".reranking",
+    "truncate": ".pooling",
 }
 
 

@@ -83,7 +83,15 @@ def verify(folder: Folder) -> None:
 
 
 @index.command()
-def compact(folder: Folder) -> None:
+def compact(
+    folder: Folder,
+    num_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Also write the copy of the first J tokens that search --num-tokens J needs."
+        ),
+    ] = None,
+) -> None:
     """Make files as small and searches as fast as they can be: drop what is deleted, merge, rewrite.
 
     Takes, for a while, as much disk again.
@@ -94,6 +102,7 @@ def compact(folder: Folder) -> None:
 
     with errors_in_one_line(DocumentIndexError), DocumentIndex.open(folder) as opened:
         before = opened.info()["bytes"]
+        opened.snapshot(num_tokens=num_tokens)
         opened.compact()
         after = opened.info()["bytes"]
     typer.echo(f"{human_bytes(before)} before, {human_bytes(after)} after")
@@ -113,6 +122,10 @@ def search(
     mode: Annotated[
         Mode, typer.Option(help="By meaning, by words (needs no model), or both fused by rank.")
     ] = Mode.vector,
+    num_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Find candidates by the first J compressed tokens, rank them by all."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Search an index: rank, score, id and the first line of each document, best first.
@@ -123,6 +136,8 @@ def search(
 
     with errors_in_one_line(DocumentIndexError):
         wanted = None if where is None else _read_filter(where)
+        if num_tokens is not None and mode is Mode.text:
+            raise ValueError("--num-tokens needs vectors: --mode vector or hybrid")
         # Before the model, which takes seconds to load: most errors are in the path.
         with DocumentIndex.open(folder, read_only=True) as opened:
             if mode is Mode.text:
@@ -130,9 +145,9 @@ def search(
             else:
                 vectors = _encode_query(query, model, opened)
                 if mode is Mode.vector:
-                    (hits,) = opened.search(vectors, k, wanted)
+                    (hits,) = opened.search(vectors, k, wanted, num_tokens=num_tokens)
                 else:
-                    (hits,) = opened.search_hybrid(vectors, [query], k, wanted)
+                    (hits,) = opened.search_hybrid(vectors, [query], k, wanted, num_tokens=num_tokens)
     if as_json:
         ranked = [{"rank": rank, **hit._asdict()} for rank, hit in enumerate(hits, 1)]
         typer.echo(json.dumps(ranked, indent=2))
@@ -166,6 +181,7 @@ def _read_filter(text: str) -> dict[str, Any]:
 def _encode_query(query: str, model: str, opened: DocumentIndex) -> np.ndarray:
     """The query's embedding [1, dimension] by the encoder that the index was made with."""
     from .encoder import AutoRegEncoder
+    from .pooling import truncate
 
     encoder = AutoRegEncoder.from_pretrained(model)
     if opened.encoder is not None and opened.encoder != encoder.fingerprint:
@@ -174,8 +190,10 @@ def _encode_query(query: str, model: str, opened: DocumentIndex) -> np.ndarray:
             f"{encoder.fingerprint}; give --model the one it was made with"
         )
     vectors = encoder.encode_queries([query])
-    if opened.tokens:  # an index of the first few of the k vectors is searched by as many
-        vectors = vectors[:, : opened.tokens * encoder.hidden_size]
+    if (
+        opened.tokens and opened.tokens < encoder.num_tokens
+    ):  # an index of the first few is searched by as many
+        vectors = truncate(vectors, encoder.num_tokens, opened.tokens)
     return vectors
 
 

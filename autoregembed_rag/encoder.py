@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,7 +14,6 @@ from typing import Any, overload
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
@@ -38,6 +36,7 @@ from .loading import (
     untrained_config,
 )
 from .passes import Passes
+from .pooling import first_tokens, pool
 from .prompt import PromptBuilder, Prompts, check_texts
 from .weights import (
     checkpoint_config,
@@ -53,18 +52,6 @@ logger = logging.getLogger(__name__)
 
 # Texts tokenised and sorted by length at once, for each device: enough to fill passes evenly, small against any corpus.
 CHUNK = 2048
-
-
-def pool(compressed: Tensor, pooling: Pooling) -> Tensor:
-    """[n, k, hidden] -> unit rows in float32: [n, k * hidden] for "flatten", [n, hidden] for "mean".
-
-    Flattened, each vector has length 1 / sqrt(k): an inner product is the mean of the k cosines.
-    """
-    vectors = compressed.float()
-    if pooling == "mean":
-        return F.normalize(vectors.mean(dim=1), dim=-1)
-    flat = F.normalize(vectors, dim=-1).flatten(1)
-    return flat / math.sqrt(vectors.shape[1])
 
 
 class AutoRegEncoder:
@@ -371,7 +358,9 @@ class AutoRegEncoder:
         return self._gather(texts, (instruction,), Tensor.float, shape, batch_size, show_progress)
 
     def _pooled(self, compressed: Tensor) -> Tensor:
-        return pool(compressed[:, : self.num_tokens], self.config.pooling)
+        vectors = pool(compressed, self.config.pooling)
+        k = self.num_compressed_tokens
+        return vectors if self.num_tokens == k else first_tokens(vectors, k, self.num_tokens)
 
     def _gather(
         self,

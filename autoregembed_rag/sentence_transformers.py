@@ -26,9 +26,10 @@ except ImportError as error:
     ) from error
 
 from .config import PROMPTS_NAME
-from .encoder import AutoRegEncoder, pool
+from .encoder import AutoRegEncoder
 from .loading import resolve_device, resolve_dtype, resolve_folder
 from .passes import FLASH, compressed_states
+from .pooling import pool
 from .prompt import check_texts, pad_right
 from .weights import write_checkpoint
 

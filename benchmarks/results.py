@@ -1,4 +1,5 @@
-"""What the reports of `benchmarks.retrieval` and `benchmarks.sts` say, on one page: `python -m benchmarks.results`.
+"""What the reports of `benchmarks.retrieval`, `benchmarks.sts` and `benchmarks.latency` say, on one page:
+`python -m benchmarks.results`.
 
 Writes RESULTS.md, two pictures and, with `--card`, the same table into a checkpoint's model card. A figure of another
 checkpoint than the card's is refused.
@@ -16,6 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from autoregembed_rag import AutoRegEncoder
+from benchmarks import latency
 from benchmarks.beir import BenchmarkDataError
 from benchmarks.measures import markdown
 from benchmarks.models import HYBRID
@@ -170,6 +172,17 @@ def commands(reports: Iterable[dict[str, Any]]) -> str:
     return "```bash\n" + "\n".join(lines) + "\n```\n"
 
 
+def latencies(reports: Iterable[dict[str, Any]]) -> str:
+    """How fast questions are answered, by all tokens and by fewer: a table for each report of `benchmarks.latency`."""
+    parts = []
+    for report in reports:
+        counts = f"{report['documents']:,} documents, {report['questions']} questions"
+        parts.append(
+            f"{report['dataset']} ({counts}), {report['model']}:\n\n{markdown(latency.HEADER, latency.table(report))}"
+        )
+    return "\n".join(parts)
+
+
 def write_card(card: Path, rows: list[Figures], columns: list[str], how: str) -> None:
     """Put the scores of the checkpoint beside `card` there; `BenchmarkDataError` if they are not in the reports."""
     fingerprint = AutoRegEncoder.from_pretrained(card.parent, device="cpu").fingerprint
@@ -194,7 +207,8 @@ def write_card(card: Path, rows: list[Figures], columns: list[str], how: str) ->
 @app.command(epilog="Example: python -m benchmarks.results benchmarks/reports/mini/*/results.json")
 def main(
     files: Annotated[
-        list[Path], typer.Argument(help="results.json of benchmarks.retrieval and benchmarks.sts.")
+        list[Path],
+        typer.Argument(help="results.json of benchmarks.retrieval, benchmarks.sts and benchmarks.latency."),
     ],
     output: Annotated[Path, typer.Option(help="The page.")] = Path("benchmarks/RESULTS.md"),
     card: Annotated[
@@ -204,7 +218,8 @@ def main(
     """Make one page of reports: a table, two pictures, and the commands."""
     try:
         reports = [json.loads(file.read_text(encoding="utf-8")) for file in files]
-        rows = merge(figures for report in reports for figures in read_report(report))
+        timed = [report for report in reports if "kinds" in report]
+        rows = merge(figures for report in reports if report not in timed for figures in read_report(report))
         columns = list(dict.fromkeys(name for row in rows for name in row.values))
         columns.sort(key=lambda name: name.startswith(SPEED))
         sets = [name for name in columns if not name.startswith(SPEED)]
@@ -223,6 +238,7 @@ def main(
             machines="; ".join(machines),
             overview=overview(rows, columns),
             variants=variants(rows, columns),
+            latencies=LATENCIES.format(tables=latencies(timed)) if timed else "",
             commands=how,
             folder=pictures.name,
         ),
@@ -230,6 +246,16 @@ def main(
     )
     print(f"written: {output}")
 
+
+LATENCIES = """
+## Search by all tokens, and by fewer
+
+"2 of 5 tokens, refined" finds 100 documents by the question's first 2 compressed tokens, and ranks them by all 5. One
+question at a time: milliseconds of its search, and from its text to its documents; recall is of the best 10 by exact
+search with all tokens; vectors are the bytes that are searched. Passages are judged by pairs that training has seen, so
+that their nDCG@10 only compares rows.
+
+{tables}"""
 
 PAGE = """# Results
 
@@ -243,7 +269,7 @@ Measured on {machines}. This page is made of JSON reports by `python -m benchmar
 
 {variants}
 ![Quality against dimensions]({folder}/tokens.png)
-
+{latencies}
 ## How to measure it again
 
 `build/mini` is the recipe's work folder, which holds what each of its stages left; the fitted ones are `mini` on the

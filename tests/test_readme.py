@@ -71,7 +71,9 @@ def test_the_snippet_that_moves_a_community_store_moves_it(tmp_path, monkeypatch
     sorted(
         set(
             re.findall(
-                r"^autoregembed (train \w+|index \w+|search|mine|finetune|explain)", README, flags=re.MULTILINE
+                r"^autoregembed (train \w+|index \w+|search|mine|finetune|explain)",
+                README,
+                flags=re.MULTILINE,
             )
         )
     ),

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from ..decoder import FrozenDecoder
-from ..encoder import AutoRegEncoder, pool
+from ..encoder import AutoRegEncoder
 from ..losses import DIVERGENCES
+from ..pooling import pool
 from ..training.arguments import AlignmentArguments, CompressionArguments, StageArguments
 from ..training.data import Rows
 from ..training.stage import computes_in_bf16

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..encoder import AutoRegEncoder, pool
+from ..encoder import AutoRegEncoder
+from ..pooling import pool
 from .arguments import ContrastArguments
 from .data import AlignmentRow, Rows, alignment_rows
 from .sources import RowSource

@@ -10,16 +10,22 @@ from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 from tqdm import tqdm
 
 from autoregembed_indexes.gpu import GPU_MARGIN, MOST_BURIED, MOST_FOUND, Gpus
-from autoregembed_indexes.kinds import FLOAT_MARGIN, Faiss, FaissIndex, Kind, plan, train, training_size
-from autoregembed_indexes.segment import Segment, best, dot, locate
+from autoregembed_indexes.kinds import Faiss, FaissIndex, Kind, plan, train, training_size
+from autoregembed_indexes.scoring import score
+from autoregembed_indexes.segment import Segment, best
 from autoregembed_indexes.settings import State
-from autoregembed_indexes.snapshot import Snapshot, SnapshotError, read_snapshot, write_snapshot
+from autoregembed_indexes.snapshot import (
+    Snapshot,
+    SnapshotError,
+    read_snapshot,
+    snapshot_path,
+    write_snapshot,
+)
 from autoregembed_indexes.store import DocumentStore, Rows
-from autoregembed_indexes.vectors import CHUNK_BYTES, Float16, Float32, stored_to_unit
+from autoregembed_indexes.vectors import CHUNK_BYTES, Float16, Float32, normalise, stored_to_unit
 
 EXACT_LIMIT = 20_000
 SAMPLE = 100
@@ -53,7 +59,7 @@ class VectorCopy:
         self._name, self._factory, self._budget = state.name, state.factory, state.memory_budget
         self._dimension = dimension
         self._width = width
-        self._path = None if folder is None else folder / f"vectors-{width}.faiss"
+        self._path = None if folder is None else snapshot_path(folder, width)
         self._read_only = read_only
         self._reset()
 
@@ -113,39 +119,56 @@ class VectorCopy:
                 self._tail().append(rows[part], stored_to_unit(stored[part], self._width))
 
     def search(
-        self, store: DocumentStore, queries: Float32, k: int, among: Rows | None
+        self, store: DocumentStore, queries: Float32, k: int, among: Rows | None, fetch: int = 0
     ) -> tuple[Float32, Rows]:
         """Find the k best rows for unit `queries` [n, width]: scores and rows, both [n, <= k], best first.
 
         `among`, ascending rows of the store, limits the search. Equal scores come in the order of their rows.
+        Where queries are wider than the copy, their first entries find `fetch` rows, and all of them rank these.
         """
         self._check_snapshot(store)
         available = len(self) if among is None else len(among)
         k = min(k, available)
         if k == 0 or len(queries) == 0:
             return np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64)
-        self._segments[0].upload(self._gpus)
-        if self.on_gpu and self._gpus.device != "auto" and among is None and k > MOST_FOUND:
-            raise ValueError(
-                f"FAISS on a GPU finds at most {MOST_FOUND} vectors, not {k}: ask for fewer, or open the index "
-                "with device='cpu'"
-            )
-        if among is not None and self.kind.lists and len(among) <= EXACT_LIMIT:
-            scores, rows = self._score_all(store, queries, k, among)
-        else:
+        wider = queries.shape[1] > self._width
+        few = EXACT_LIMIT if among is not None and self.kind.lists else 0
+        if available <= max(few, fetch if wider else 0):
+            scores, rows = score(store, self._dimension, queries, k, among)
+        elif not wider:
             scores, rows = self._widening(store, queries, k, among, available)
+        else:
+            fetch = min(available, max(fetch, self.kind.candidates(k)) if self.kind.lists else fetch)
+            names = [f"query vectors[{place}][:{self._width}]" for place in range(len(queries))]
+            first = normalise(queries[:, : self._width], names)
+            _, found = self._widening(store, first, fetch, among, available, roughly=bool(self.kind.lists))
+            scores, rows = score(store, self._dimension, queries, k, np.unique(found), found)
         return np.clip(scores, -1, 1), rows
 
     def _widening(
-        self, store: DocumentStore, queries: Float32, k: int, among: Rows | None, available: int
+        self,
+        store: DocumentStore,
+        queries: Float32,
+        k: int,
+        among: Rows | None,
+        available: int,
+        *,
+        roughly: bool = False,
     ) -> tuple[Float32, Rows]:
         """Rank more candidates than asked for by their exact cosines, and ask for more until they are enough.
 
         Where rounding is the only error, they are enough once no other vector can belong to the best k (or, among
         a great many equal ones, could change much). A GPU, which rounds more, leaves those crowds to the CPU. With
         lists, a filter leaves fewer vectors in each, so more lists are visited for the same work and recall.
+        `roughly` takes FAISS' own scores for exact.
         """
-        fetch = self.kind.candidates(k)
+        self._segments[0].upload(self._gpus)
+        if self.on_gpu and self._gpus.device != "auto" and among is None and k > MOST_FOUND:
+            raise ValueError(
+                f"FAISS on a GPU finds at most {MOST_FOUND} vectors, not {k}: ask for fewer, or open the index "
+                "with device='cpu' (num_tokens asks for fetch_k)"
+            )
+        fetch = k if roughly else self.kind.candidates(k)
         probes = math.ceil(self.kind.probes * len(self) / available)
         most = max(4 * k, self.kind.crowd)
         gpu = self.on_gpu
@@ -157,7 +180,12 @@ class VectorCopy:
             rough, candidates = self._candidates(queries[lines], fetch, among, probes, gpu=gpu)
             margin = GPU_MARGIN if gpu else self.kind.margin
             possible = rough >= rough[:, k - 1 : k] - 2 * margin  # for the best k, if no score is off by more
-            ranked = self._ranked(store, queries[lines], rough, np.where(possible, candidates, -1), k)
+            if roughly or all(segment.exact for segment in self._segments):
+                ranked = rough[:, :k], candidates[:, :k]
+            else:
+                likely = np.where(possible, candidates, -1)
+                read = np.unique(likely[likely >= 0])
+                ranked = score(store, self._dimension, queries[lines], k, read, likely)
             scores[lines], rows[lines] = ranked
             if self.kind.lists:
                 enough = (candidates >= 0).all(axis=1) | (probes >= self.kind.lists)
@@ -177,37 +205,6 @@ class VectorCopy:
             return found[0]
         scores, rows = zip(*found, strict=True)
         return best(np.hstack(scores), np.hstack(rows), k)
-
-    def _ranked(
-        self, store: DocumentStore, queries: Float32, rough: Float32, candidates: Rows, k: int
-    ) -> tuple[Float32, Rows]:
-        """The best k candidates by their exact cosines."""
-        if all(segment.exact for segment in self._segments):
-            return rough[:, :k], candidates[:, :k]  # which are exact already
-        return self._score_all(store, queries, k, np.unique(candidates[candidates >= 0]), candidates)
-
-    def _score_all(
-        self, store: DocumentStore, queries: Float32, k: int, among: Rows, candidates: Rows | None = None
-    ) -> tuple[Float32, Rows]:
-        """Score every stored vector of ascending `among` exactly, and keep the best k.
-
-        `candidates` [n, m] says which of them count for each query; None means all.
-        """
-        scores = np.full((len(queries), k), -np.inf, np.float32)
-        rows = np.full((len(queries), k), -1, np.int64)
-        for part, unit in store.vectors(self._dimension, self._width, among):
-            rough = queries @ unit.T
-            if candidates is not None:
-                rough[~_holds(candidates, part)] = -np.inf
-            for line, query in enumerate(queries):
-                least = np.partition(rough[line], -k)[-k] if k < len(part) else -np.inf
-                bound = max(least, scores[line, -1], -2) - FLOAT_MARGIN
-                likely = np.flatnonzero(rough[line] >= bound)  # few, so that summing in float64 costs little
-                found = np.concatenate([scores[line], dot(unit[likely], query)])
-                scores[line], rows[line] = best(
-                    found[None], np.concatenate([rows[line], part[likely]])[None], k
-                )
-        return scores, rows
 
     def fold_if_worth_it(self, store: DocumentStore, *, closing: bool) -> None:
         """Fold when another kind has become right, when most is buried, or when opening would take long."""
@@ -375,11 +372,3 @@ class VectorCopy:
     def _bury(self, rows: Rows) -> None:
         for segment in self._segments:
             segment.bury(rows)
-
-
-def _holds(lists: Rows, rows: Rows) -> NDArray[np.bool_]:
-    """Tell which of the ascending `rows` [m] each of the `lists` [n, any] holds: [n, m]."""
-    places, here = locate(rows, lists)
-    held = np.zeros((len(lists), len(rows)), dtype=bool)
-    held[np.nonzero(here)[0], places[here]] = True
-    return held

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from autoregembed_indexes.arguments import id_list, text_list
 from autoregembed_indexes.copies import import_faiss
 from autoregembed_indexes.database import DATABASE_NAME
 from autoregembed_indexes.errors import DocumentIndexError, IndexDamagedError
@@ -24,8 +25,9 @@ from autoregembed_indexes.records import (
     prepare_metadatas,
     prepare_texts,
 )
-from autoregembed_indexes.searching import SearchableIndex, id_list, text_list
-from autoregembed_indexes.settings import State, check_added, check_opened, new_state
+from autoregembed_indexes.searching import SearchableIndex
+from autoregembed_indexes.settings import State, check_added, check_opened, first_width, new_state
+from autoregembed_indexes.snapshot import snapshot_path
 from autoregembed_indexes.store import Rows, create_store, open_store
 from autoregembed_indexes.vectors import Float16, as_matrix, round_for_storage
 
@@ -133,9 +135,8 @@ class DocumentIndex(SearchableIndex):
             on_error.callback(index.close)
             with index._session() as state:
                 check_opened(str(folder), state, dimension, encoder)
-                if state.dimension is not None:
-                    copy = index._copy(state, state.dimension)
-                    copy.fold_if_worth_it(store, closing=True)  # as a process that was killed could not
+                for width in index._widths(state, on_disk=not read_only):
+                    index._copy(state, width)
             on_error.pop_all()
         return index
 
@@ -232,9 +233,16 @@ class DocumentIndex(SearchableIndex):
             for width in list(self._copies):
                 self._copy(state, width)
 
-    def snapshot(self) -> None:
-        """Write the FAISS index to the folder, so that opening maps it; `close` does so when much has changed."""
+    def snapshot(self, *, num_tokens: int | None = None) -> None:
+        """Write the FAISS index to the folder, so that opening maps it; `close` does so when much has changed.
+
+        `num_tokens` also writes the copy of the vectors' first so many tokens that `search(num_tokens=...)` needs. A
+        search makes it by itself, but only where the index is open for writing does it stay. Once it is in the
+        folder, it is kept up with every change.
+        """
         with self._writing() as state:
+            if state.dimension is not None:
+                self._copy(state, first_width(num_tokens, state.dimension, state))
             for width in list(self._copies):
                 copy = self._copy(state, width)
                 with self._dropping(copy):
@@ -259,8 +267,9 @@ class DocumentIndex(SearchableIndex):
         try:
             with self._session() as state:
                 problems = self._store.problems(writable=not self._read_only)
-                if not problems and state.dimension is not None:
-                    problems = self._copy(state, state.dimension).problems(self._store)
+                if not problems:
+                    widths = self._widths(state, on_disk=True)
+                    problems = [found for w in widths for found in self._copy(state, w).problems(self._store)]
         except IndexDamagedError as error:
             return [str(error)]
         return problems
@@ -316,22 +325,31 @@ class DocumentIndex(SearchableIndex):
             yield state
 
     def _take_up(self, before: State, width: int, rows: Rows, stored: Float16 | None) -> None:
-        """Bring the copy of full vectors from the state `before` a write to what it wrote, without reading it back.
+        """Bring the copies of the vectors from the state `before` a write to what it wrote, without reading it back.
 
         The write is done: what goes wrong here is mended when the next search makes another copy.
         """
         with self._session() as state:
             if before.version == 0:
                 self._copies[width] = self._new_copy(state, width)
-            copy = self._copies.get(width)
-            if copy is None or copy.version != before.version:
-                return
-            try:
-                with self._dropping(copy):
-                    copy.take_up(self._store, state, rows, stored)
-                    copy.fold_if_worth_it(self._store, closing=False)
-            except Exception as error:
-                logger.warning("%r: the vectors are loaded again at the next search (%s)", self, error)
+            for copy in [copy for copy in self._copies.values() if copy.version == before.version]:
+                try:
+                    with self._dropping(copy):
+                        copy.take_up(self._store, state, rows, stored)
+                        copy.fold_if_worth_it(self._store, closing=False)
+                except Exception as error:
+                    logger.warning("%r: the vectors are loaded again at the next search (%s)", self, error)
+
+    def _widths(self, state: State, *, on_disk: bool) -> list[int]:
+        """How wide copies of the vectors are: whole, those in use, and those whose snapshots are on disk."""
+        dimension, tokens = state.dimension, state.tokens
+        if dimension is None:
+            return []
+        widths = {dimension, *self._copies}
+        if on_disk and self._path is not None and tokens:
+            narrow = [dimension // tokens * number for number in range(1, tokens)]
+            widths |= {width for width in narrow if snapshot_path(self._path, width).is_file()}
+        return sorted(widths, reverse=True)
 
 
 def _open_read_only(path: str, device: str) -> DocumentIndex:

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import operator
 import os
 import threading
 import weakref
@@ -14,18 +13,18 @@ from typing import Any, overload
 import numpy as np
 from numpy.typing import ArrayLike
 
+from autoregembed_indexes.arguments import check_k, check_weights, coarse_depth, id_list, text_list
 from autoregembed_indexes.copies import VectorCopy
 from autoregembed_indexes.errors import DocumentIndexError
 from autoregembed_indexes.gpu import Gpus
 from autoregembed_indexes.lock import WriterLock
 from autoregembed_indexes.ranking import diversify, fuse
-from autoregembed_indexes.records import Document, Hit, check_ids
-from autoregembed_indexes.settings import State, check_query
+from autoregembed_indexes.records import Document, Hit
+from autoregembed_indexes.settings import State, check_query, first_width
 from autoregembed_indexes.store import DocumentStore, Filter, Rows
 from autoregembed_indexes.vectors import Float32, as_matrix, normalise
 
 CLOSING_SECONDS = 30
-MOST_HITS = 2**40  # no index has more, and SQLite's and FAISS' integers end at 2**63
 
 logger = logging.getLogger(__name__)
 
@@ -86,11 +85,14 @@ class SearchableIndex:
         *,
         ids: Sequence[str] | None = None,
         min_score: float | None = None,
+        num_tokens: int | None = None,
+        fetch_k: int | None = None,
     ) -> list[list[Hit]]:
         """Return, for each query vector of [n, dimension], the k documents of highest cosine, best first.
 
-        Where the index records its number of tokens k, a query may be the first j of k vectors of a flattened
-        embedding, and is compared with the same part of each document.
+        Where the index records its number of tokens (`create(tokens=...)`), a query may be the first few of the
+        vectors of a flattened embedding, and is compared with the same part of each document. Or it has all of them,
+        and with `num_tokens` the first few find candidates, which are then ranked by all.
 
         Args:
             vectors: float16, float32 or float64 [n, dimension], of any length but zero.
@@ -102,15 +104,21 @@ class SearchableIndex:
                 the metadata works too, slowly: it is called for every document.
             ids: limits the search to these documents; unknown ids are fine.
             min_score: leaves out documents of a lower cosine.
+            num_tokens: find candidates by this many of the query's tokens, which takes that share of the time and
+                memory, and rank them by all, so that scores are those of a search without. The copy of the vectors
+                that this needs is made at its first use (see `snapshot`).
+            fetch_k: how many candidates, at least k, by default max(100, 10 k).
 
-        Raises IndexMismatchError for vectors of another dimension, ValueError for k < 1, for k > 2048 on a GPU, and
-        for vectors with NaN, infinity or nothing but zeros, TypeError or ValueError, naming key and operator, for a
-        bad filter.
+        Raises IndexMismatchError for vectors of another dimension, and for `num_tokens` where the index does not
+        record its tokens; ValueError for k < 1, for k or `fetch_k` > 2048 on a GPU, for `num_tokens` that the query
+        does not have, and for vectors with NaN, infinity or nothing but zeros; TypeError or ValueError, naming key
+        and operator, for a bad filter.
         """
         matrix = as_matrix(vectors, "query vectors")
-        k = _check_k(k)
+        k = check_k(k)
+        fetch = coarse_depth(k, num_tokens, fetch_k)
         with self._session() as state:
-            scores, rows = self._nearest(state, matrix, k, self._among(filter, ids))
+            scores, rows = self._nearest(state, matrix, k, self._among(filter, ids), num_tokens, fetch)
             found = [
                 list(zip(*line, strict=True)) for line in zip(rows.tolist(), scores.tolist(), strict=True)
             ]
@@ -152,7 +160,7 @@ class SearchableIndex:
         nothing in a query is an operator. `filter` and `ids` as in `search`.
         """
         queries = [query] if isinstance(query, str) else text_list(query, "queries")
-        k = _check_k(k)
+        k = check_k(k)
         with self._session() as state:
             among = self._among(filter, ids)
             found = self._hits(
@@ -170,23 +178,25 @@ class SearchableIndex:
         ids: Sequence[str] | None = None,
         weights: tuple[float, float] = (1.0, 1.0),
         fetch_k: int | None = None,
+        num_tokens: int | None = None,
     ) -> list[list[Hit]]:
         """Fuse `search` and `search_text` by reciprocal rank: sum of weight / (60 + rank) over both rankings.
 
         `vectors` [n, dimension] and `queries` (n texts) belong together; `weights` are those of the vectors and of
         the words, and 0 leaves that search out; each ranking is `fetch_k` deep, at least k and by default
-        max(50, 4 k). Scores are the sums, comparable within one result only.
+        max(50, 4 k). Scores are the sums, comparable within one result only. `num_tokens` as in `search`, with
+        max(100, 10 k) candidates, or `fetch_k` if that is more.
         """
         matrix = as_matrix(vectors, "query vectors")
         texts = text_list(queries, "queries")
         if len(matrix) != len(texts):
             raise ValueError(f"{len(matrix)} query vectors but {len(texts)} query texts")
-        _check_weights(weights)
-        k = _check_k(k)
-        depth = max(k, max(50, 4 * k) if fetch_k is None else _check_k(fetch_k, "fetch_k"))
+        check_weights(weights)
+        k = check_k(k)
+        depth = max(k, max(50, 4 * k) if fetch_k is None else check_k(fetch_k, "fetch_k"))
         with self._session() as state:
             among = self._among(filter, ids)
-            _, near = self._nearest(state, matrix, depth, among)
+            _, near = self._nearest(state, matrix, depth, among, num_tokens, coarse_depth(k))
             fused = []
             for line, text in zip(near.tolist(), texts, strict=True):
                 worded = [row for row, _ in self._store.search_words(text, state.tokenizer, depth, among)]
@@ -202,19 +212,22 @@ class SearchableIndex:
         ids: Sequence[str] | None = None,
         fetch_k: int | None = None,
         lambda_mult: float = 0.5,
+        num_tokens: int | None = None,
     ) -> list[list[Hit]]:
         """Choose k documents near each query and unlike each other, by maximal marginal relevance.
 
         They are chosen from the `fetch_k` nearest (at least k, by default max(20, 4 k)), in the order in which they
         come back; scores are cosines to the query. `lambda_mult` 1 is nearness alone, 0 unlikeness alone.
+        `num_tokens` as in `search_hybrid`.
         """
         if not 0 <= lambda_mult <= 1:
             raise ValueError(f"lambda_mult must be between 0 and 1, got {lambda_mult}")
         matrix = as_matrix(vectors, "query vectors")
-        k = _check_k(k)
-        depth = max(k, max(20, 4 * k) if fetch_k is None else _check_k(fetch_k, "fetch_k"))
+        k = check_k(k)
+        depth = max(k, max(20, 4 * k) if fetch_k is None else check_k(fetch_k, "fetch_k"))
         with self._session() as state:
-            scores, rows = self._nearest(state, matrix, depth, self._among(filter, ids))
+            among = self._among(filter, ids)
+            scores, rows = self._nearest(state, matrix, depth, among, num_tokens, coarse_depth(k))
             chosen = []
             for query, line, cosines in zip(matrix, rows, scores.tolist(), strict=True):
                 unit = normalise(query[None], ["query"])[0]
@@ -234,7 +247,7 @@ class SearchableIndex:
         Raises KeyError for an id that is not there.
         """
         wanted = id_list(ids)
-        k = _check_k(k)
+        k = check_k(k)
         with self._session() as state:
             own = self._rows_of(wanted)
             matrix = self._vectors_of(own, state.dimension or 0, state.dimension or 0)
@@ -304,12 +317,18 @@ class SearchableIndex:
                 yield self._store.state()
 
     def _copy(self, state: State, width: int) -> VectorCopy:
-        """The FAISS copy of the vectors cut to `width`, made at its first use, as of this transaction."""
+        """The FAISS copy of the vectors cut to `width`, made at its first use, as of this transaction.
+
+        What was long in the making is written at once, so that even a process that is killed makes it once.
+        """
         copy = self._copies.get(width)
+        fresh = copy is None
         if copy is None:
             copy = self._new_copy(state, width)
         with self._dropping(copy):
             copy.catch_up(self._store, state)
+            if fresh:
+                copy.fold_if_worth_it(self._store, closing=True)
         self._copies[width] = copy
         return copy
 
@@ -335,12 +354,27 @@ class SearchableIndex:
         named = self._store.rows_by_id(dict.fromkeys(id_list(ids)))
         return named if among is None else np.intersect1d(among, named, assume_unique=True)
 
-    def _nearest(self, state: State, matrix: Any, k: int, among: Rows | None) -> tuple[Float32, Rows]:  # noqa: ANN401
+    def _nearest(
+        self,
+        state: State,
+        matrix: Any,  # noqa: ANN401
+        k: int,
+        among: Rows | None,
+        num_tokens: int | None = None,
+        fetch: int = 0,
+    ) -> tuple[Float32, Rows]:
+        """The k best rows for query vectors [n, width], as `VectorCopy.search` finds them.
+
+        With `num_tokens`, the first so many tokens find at least `fetch`, and all tokens rank these.
+        """
+        width = matrix.shape[1] if len(matrix) else 0
+        if len(matrix) and state.dimension is not None:
+            check_query(width, state.dimension, state.tokens)
+        first = first_width(num_tokens, width, state)
         if state.dimension is None or len(matrix) == 0:
             return np.empty((len(matrix), 0), np.float32), np.empty((len(matrix), 0), np.int64)
-        check_query(matrix.shape[1], state.dimension, state.tokens)
         queries = normalise(matrix, [f"query vectors[{position}]" for position in range(len(matrix))])
-        return self._copy(state, matrix.shape[1]).search(self._store, queries, k, among)
+        return self._copy(state, first).search(self._store, queries, k, among, max(k, fetch))
 
     def _hits(self, ranked: Sequence[Iterable[tuple[int, float]]]) -> list[list[Hit]]:
         lines = [list(line) for line in ranked]
@@ -400,42 +434,3 @@ def _release(
 def _hit(document: tuple[str, str, str], score: float) -> Hit:
     doc_id, text, metadata = document
     return Hit(doc_id, score, text, json.loads(metadata))
-
-
-def id_list(ids: Sequence[str]) -> list[str]:
-    """Check a list of ids, and copy it."""
-    if isinstance(ids, str):
-        raise TypeError("ids must be a list of ids, got str")
-    wanted = list(ids)
-    check_ids(wanted)
-    return wanted
-
-
-def text_list(texts: Sequence[str], argument: str) -> list[str]:
-    """Check a list of texts, and copy it."""
-    if isinstance(texts, str):
-        raise TypeError(f"{argument} must be a list of texts, got str")
-    checked = list(texts)
-    for position, text in enumerate(checked):
-        if not isinstance(text, str):
-            raise TypeError(f"{argument}[{position}] must be str, got {type(text).__name__}")
-    return checked
-
-
-def _check_weights(weights: Sequence[float]) -> None:
-    try:
-        vectors, words = (float(weight) for weight in weights)
-        sound = 0 <= vectors < np.inf and 0 <= words < np.inf and vectors + words > 0
-    except (TypeError, ValueError):
-        sound = False
-    if not sound:
-        raise ValueError(
-            f"weights must be two numbers of at least 0 (vectors, words), not both 0, got {weights!r}"
-        )
-
-
-def _check_k(k: int, name: str = "k") -> int:
-    k = operator.index(k)
-    if k < 1:
-        raise ValueError(f"{name} must be at least 1, got {k}")
-    return min(k, MOST_HITS)

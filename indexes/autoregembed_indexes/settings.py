@@ -94,5 +94,29 @@ def check_query(width: int, dimension: int, tokens: int | None) -> None:
     token_width = dimension // tokens if tokens else dimension
     if width == dimension or (0 < width < dimension and width % token_width == 0):
         return
-    remedy = f", or a smaller multiple of {token_width}" if tokens else ""
+    if tokens:
+        remedy = f", or a smaller multiple of {token_width}"
+    else:
+        remedy = "; queries of fewer tokens need an index made with DocumentIndex.create(tokens=...)"
     raise IndexMismatchError(f"query vectors have dimension {width}, the index needs {dimension}{remedy}")
+
+
+def first_width(num_tokens: int | None, width: int, state: State) -> int:
+    """How many of a query's `width` entries its first `num_tokens` tokens are; None is all, width 0 no query at all.
+
+    Raises IndexMismatchError where the index does not know of tokens, ValueError for a number that is out of range.
+    """
+    if num_tokens is None:
+        return width
+    wanted = operator.index(num_tokens)
+    if state.tokens is None:
+        raise IndexMismatchError(
+            f"num_tokens={wanted} needs an index that knows of how many tokens its vectors are made: "
+            "make it with DocumentIndex.create(tokens=...), or leave num_tokens out"
+        )
+    most = width * state.tokens // state.dimension if width and state.dimension else state.tokens
+    if not 1 <= wanted <= most:
+        raise ValueError(
+            f"num_tokens must be between 1 and {most}, the tokens that a query has, got {wanted}"
+        )
+    return wanted * width // most

@@ -84,6 +84,11 @@ class Snapshot:
                 raise SnapshotError(f"{self.path}: its {part} do not have their checksum")
 
 
+def snapshot_path(folder: Path, width: int) -> Path:
+    """Where the snapshot of vectors cut to `width` entries lies."""
+    return folder / f"vectors-{width}.faiss"
+
+
 def write_snapshot(
     path: Path,
     faiss: Faiss,

@@ -38,3 +38,14 @@ def own_filter(where: Filter | None) -> Filter | None:
 
 def _own_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in metadata.items() if not key.startswith(RESERVED_PREFIX)}
+
+
+def refuse_reserved(metadatas: Iterable[Mapping[str, Any] | None], ids: Iterable[str]) -> None:
+    """Raise ValueError for metadata with keys that belong to the LlamaIndex store."""
+    for metadata, id_ in zip(metadatas, ids, strict=True):
+        for key in metadata or ():
+            if isinstance(key, str) and key.startswith(RESERVED_PREFIX):
+                raise ValueError(
+                    f"metadata key {key!r} of id {id_!r}: keys that start with {RESERVED_PREFIX!r} belong to "
+                    "the LlamaIndex store; rename it"
+                )

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from autoregembed_indexes import DocumentIndex, Filter
 from langchain_autoregembed.documents import (
-    RESERVED_PREFIX,
     own_filter,
+    refuse_reserved,
     to_document,
     with_scores,
     without_scores,
@@ -127,7 +127,7 @@ class AutoRegVectorStore(VectorStore):
                 f"{len(rows)} texts, {len(metadatas)} metadatas and {len(ids)} ids: one of each is needed"
             )
         all_ids = [str(uuid.uuid4()) if id_ is None else id_ for id_ in ids]
-        _refuse_reserved(metadatas, all_ids)
+        refuse_reserved(metadatas, all_ids)
         last = list({id_: position for position, id_ in enumerate(all_ids)}.values())
         vectors = self._embed_documents([rows[i] for i in last])
         self.index.add(
@@ -177,7 +177,7 @@ class AutoRegVectorStore(VectorStore):
         filter: Filter | None = None,  # noqa: A002
         **kwargs: Any,
     ) -> list[Document]:
-        """The k documents most similar to a query, best first."""
+        """The k documents most similar to a query, best first; options as in `similarity_search_with_score`."""
         return without_scores(self.similarity_search_with_score(query, k, filter, **kwargs))
 
     def similarity_search_with_score(
@@ -185,14 +185,22 @@ class AutoRegVectorStore(VectorStore):
         query: str,
         k: int = 4,
         filter: Filter | None = None,  # noqa: A002
+        *,
+        num_tokens: int | None = None,
+        fetch_k: int | None = None,
         **kwargs: Any,
     ) -> list[tuple[Document, float]]:
         """The k documents most similar to a query, each with its cosine in [-1, 1], best first.
 
+        With `num_tokens`, the query's first so many tokens find `fetch_k` documents (by default max(100, 10 k)),
+        which are then ranked by all of its tokens: faster, see `DocumentIndex.search`.
         `similarity_search_with_relevance_scores` gives max(0, cosine), where 1 is a perfect match.
         """
         _refuse_unknown(kwargs)
-        return self.similarity_search_with_score_by_vector(self._embed_query(query), k, filter)
+        vector = self._embed_query(query)
+        return self.similarity_search_with_score_by_vector(
+            vector, k, filter, num_tokens=num_tokens, fetch_k=fetch_k
+        )
 
     def similarity_search_by_vector(
         self,
@@ -202,17 +210,23 @@ class AutoRegVectorStore(VectorStore):
         **kwargs: Any,
     ) -> list[Document]:
         """The k documents most similar to a query's vector, best first."""
-        _refuse_unknown(kwargs)
-        return without_scores(self.similarity_search_with_score_by_vector(embedding, k, filter))
+        _refuse_unknown({name: kwargs[name] for name in kwargs.keys() - {"num_tokens", "fetch_k"}})
+        return without_scores(self.similarity_search_with_score_by_vector(embedding, k, filter, **kwargs))
 
     def similarity_search_with_score_by_vector(
         self,
         embedding: Vector,
         k: int = 4,
         filter: Filter | None = None,  # noqa: A002
+        *,
+        num_tokens: int | None = None,
+        fetch_k: int | None = None,
     ) -> list[tuple[Document, float]]:
         """The k documents most similar to a query's vector, each with its cosine in [-1, 1], best first."""
-        return with_scores(self.index.search(_as_row(embedding), k, own_filter(filter))[0])
+        [hits] = self.index.search(
+            _as_row(embedding), k, own_filter(filter), num_tokens=num_tokens, fetch_k=fetch_k
+        )
+        return with_scores(hits)
 
     def max_marginal_relevance_search(
         self,
@@ -225,7 +239,8 @@ class AutoRegVectorStore(VectorStore):
     ) -> list[Document]:
         """k of the `fetch_k` most similar documents, chosen to be similar to the query and unlike each other.
 
-        `lambda_mult` is the weight of similarity: 1 ignores diversity, 0 is all diversity.
+        `lambda_mult` is the weight of similarity: 1 ignores diversity, 0 is all diversity. `num_tokens` as in
+        `similarity_search_with_score`.
         """
         return self.max_marginal_relevance_search_by_vector(
             self._embed_query(query), k, fetch_k, lambda_mult, filter, **kwargs
@@ -238,12 +253,19 @@ class AutoRegVectorStore(VectorStore):
         fetch_k: int = 20,
         lambda_mult: float = 0.5,
         filter: Filter | None = None,  # noqa: A002
+        *,
+        num_tokens: int | None = None,
         **kwargs: Any,
     ) -> list[Document]:
         """`max_marginal_relevance_search` for a query's vector."""
         _refuse_unknown(kwargs)
         [hits] = self.index.search_mmr(
-            _as_row(embedding), k, own_filter(filter), fetch_k=fetch_k, lambda_mult=lambda_mult
+            _as_row(embedding),
+            k,
+            own_filter(filter),
+            fetch_k=fetch_k,
+            lambda_mult=lambda_mult,
+            num_tokens=num_tokens,
         )
         return without_scores(with_scores(hits))
 
@@ -273,14 +295,18 @@ class AutoRegVectorStore(VectorStore):
         *,
         weights: tuple[float, float] = (1.0, 1.0),
         fetch_k: int | None = None,
+        num_tokens: int | None = None,
     ) -> list[Document]:
         """The k best documents by similarity and by words together, best first.
 
         The two rankings are fused by rank, see `DocumentIndex.search_hybrid`; `weights` are those of
-        similarity and of words, `fetch_k` says how deep each ranking is (by default max(50, 4 k)).
+        similarity and of words, `fetch_k` says how deep each ranking is (by default max(50, 4 k)),
+        `num_tokens` as in `similarity_search_with_score`.
         """
         return without_scores(
-            self.hybrid_search_with_score(query, k, filter, weights=weights, fetch_k=fetch_k)
+            self.hybrid_search_with_score(
+                query, k, filter, weights=weights, fetch_k=fetch_k, num_tokens=num_tokens
+            )
         )
 
     def hybrid_search_with_score(
@@ -291,11 +317,12 @@ class AutoRegVectorStore(VectorStore):
         *,
         weights: tuple[float, float] = (1.0, 1.0),
         fetch_k: int | None = None,
+        num_tokens: int | None = None,
     ) -> list[tuple[Document, float]]:
         """`hybrid_search` with scores, which only order one result: neither cosines nor relevance in [0, 1]."""
         vector = _as_row(self._embed_query(query))
         [hits] = self.index.search_hybrid(
-            vector, [query], k, own_filter(filter), weights=weights, fetch_k=fetch_k
+            vector, [query], k, own_filter(filter), weights=weights, fetch_k=fetch_k, num_tokens=num_tokens
         )
         return with_scores(hits)
 
@@ -381,16 +408,6 @@ def _check_search_type(search_type: str) -> None:
     allowed = AutoRegRetriever.allowed_search_types
     if search_type not in allowed:
         raise ValueError(f"search_type of {search_type} not allowed. Valid values are: {allowed}")
-
-
-def _refuse_reserved(metadatas: Iterable[Mapping[str, Any] | None], ids: Iterable[str]) -> None:
-    for metadata, id_ in zip(metadatas, ids, strict=True):
-        for key in metadata or ():
-            if isinstance(key, str) and key.startswith(RESERVED_PREFIX):
-                raise ValueError(
-                    f"metadata key {key!r} of id {id_!r}: keys that start with {RESERVED_PREFIX!r} belong to "
-                    "the LlamaIndex store; rename it"
-                )
 
 
 def _refuse_unknown(options: Mapping[str, Any]) -> None:

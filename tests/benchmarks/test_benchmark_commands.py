@@ -178,14 +178,22 @@ def test_made_passages_are_a_set_that_can_be_searched(tmp_path):
 
 
 def test_latency_prints_each_kind_with_its_recall(beir_folder, tiny_checkpoint, tmp_path):
-    result = run(
-        latency.app,
-        *("--data-dir", beir_folder, "--model", tiny_checkpoint, "--kinds", "Flat", "--out", tmp_path),
-    )
+    options = ("--data-dir", beir_folder, "--model", tiny_checkpoint, "--kinds", "Flat", "--out", tmp_path)
+    result = run(latency.app, *options, "--num-tokens", 1, "--num-tokens", 2)
     assert result.exit_code == 0, result.output
     record = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
-    assert {kind: row["recall"] for kind, row in record["kinds"].items()} == {"SQfp16": 1, "Flat": 1}
+    uses = ("", ", 1 of 5 tokens, refined", ", 2 of 5 tokens, refined")
+    assert list(record["kinds"]) == [kind + use for kind in ("SQfp16", "Flat") for use in uses]
+    assert {row["recall"] for row in record["kinds"].values()} == {1}, "twelve documents are all candidates"
+    assert len({row["nDCG@10"] for row in record["kinds"].values()}) == 1
+    by_all, by_one, by_two = (record["kinds"][f"Flat{use}"]["bytes"] for use in uses)
+    assert by_all - by_two == pytest.approx(12 * 4 * 3 * 32, abs=9)  # the files' heads differ by a digit
+    assert by_two - by_one == pytest.approx(12 * 4 * 32, abs=9)
     assert record["floor of exact search, ms"] == 1000 * 2 * 12 * 160 / record["bandwidth"]
+    assert "Flat, 2 of 5 tokens, refined" in result.output
+    for wrong in (0, 5):
+        result = run(latency.app, *options, "--num-tokens", wrong)
+        assert (result.exit_code, "give fewer" in result.output) == (2, True)
 
 
 def test_calls_compares_the_frameworks_with_the_encoder(tiny_checkpoint, tmp_path):

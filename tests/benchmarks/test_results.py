@@ -100,6 +100,25 @@ def test_the_page_has_a_row_for_every_system_with_what_all_reports_say_of_it(tmp
         assert f"RESULTS/{picture}.png" in text
 
 
+def test_the_page_has_the_time_and_recall_of_searches_by_fewer_tokens(tmp_path):
+    row = {"search": {"p50": 17.49}, "from text": {"p50": 20.66, "p95": 23.2}, "recall": 1.0, "bytes": 320e6}
+    kinds = {"SQfp16": row | {"nDCG@10": 0.25}, "SQfp16, 2 of 5 tokens, refined": row | {"nDCG@10": 0.2497}}
+    counts = {"dataset": "passages", "documents": 100_000, "questions": 200, "model": "mini"}
+    timed = counts | {
+        "kinds": kinds,
+        "command": "python -m benchmarks.latency",
+        "cpu": "A processor",
+        "cpu_count": 2,
+    }
+    assert page(tmp_path, FULL, timed).exit_code == 0
+    text = (tmp_path / "RESULTS.md").read_text(encoding="utf-8")
+    assert "passages (100,000 documents, 200 questions), mini:" in text
+    assert "| SQfp16, 2 of 5 tokens, refined | 17.5 | 20.7 | 23.2 | 1.000 | 0.2497 | 320.0 MB |" in text
+    assert "python -m benchmarks.latency\n" in text
+    assert page(tmp_path, FULL).exit_code == 0
+    assert "refined" not in (tmp_path / "RESULTS.md").read_text(encoding="utf-8")
+
+
 def test_reports_of_different_weights_under_one_name_are_refused(tmp_path):
     result = page(tmp_path, FULL, similarity(74.1, fingerprint="f2"))
     assert result.exit_code == 2

@@ -233,6 +233,22 @@ def test_an_index_of_the_first_of_the_vectors_is_searched_by_as_many(tmp_path, t
     assert [hit["score"] for hit in found] == pytest.approx([hit.score for hit in expected], abs=1e-6)
 
 
+def test_the_first_tokens_find_documents_that_all_tokens_rank(made, tiny, tiny_checkpoint):
+    search = ("search", made, QUERY, "--model", tiny_checkpoint, "--json", "-k", 2)
+    for mode in ("vector", "hybrid"):
+        found = json.loads(output(*search, "--mode", mode, "--num-tokens", 2))
+        assert found == json.loads(output(*search, "--mode", mode)), "four documents are all candidates"
+    assert "num_tokens must be between 1 and 5" in error(*search, "--num-tokens", 6)
+    line = error("search", made, QUERY, "--mode", "text", "--num-tokens", 2, "--model", "not/there")
+    assert line == "error: --num-tokens needs vectors: --mode vector or hybrid"
+
+
+def test_compacting_writes_the_copy_of_the_first_tokens_too(folder):
+    output("index", "compact", folder, "--num-tokens", 2)
+    assert {file.name for file in folder.glob("*.faiss")} == {"vectors-160.faiss", "vectors-64.faiss"}
+    assert "num_tokens must be between 1 and 5" in error("index", "compact", folder, "--num-tokens", 6)
+
+
 def test_a_document_takes_one_line_whatever_it_holds(tmp_path):
     texts = ["\n\n needle\twith \x1b[31mcolour\x00 \nsecond line", "needle " * 100, "needle"]
     with DocumentIndex.create(tmp_path / "index") as index:

@@ -282,6 +282,15 @@ def test_k_is_limited_where_a_gpu_searches(gpus):
     assert len(on_gpu.search(QUERIES, 5000)[0]) == 2048
 
 
+@pytest.mark.parametrize("factory", ["Flat", "SQfp16"])
+def test_a_gpu_finds_the_candidates_of_fewer_tokens(gpus, factory):
+    on_gpu, on_cpu = pair(crowd(2100), factory, tokens=2)
+    assert on_gpu.search(QUERIES, 10, num_tokens=1) == on_cpu.search(QUERIES, 10, num_tokens=1)
+    assert gpus.asked
+    with pytest.raises(ValueError, match=r"at most 2048 .* not 2060: .* fetch_k"):
+        on_gpu.search(QUERIES, 206, num_tokens=1)
+
+
 @pytest.mark.parametrize(
     ("device", "factory", "expected"),
     [("cuda", "Flat", [0, 1]), ("auto", "Flat", [0, 1]), ("cuda:1", "Flat", [1]), ("cuda", "SQfp16", [0])],

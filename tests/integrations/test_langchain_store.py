@@ -514,6 +514,84 @@ def test_a_shortened_query_searches_a_whole_index(embeddings, tmp_path):
     assert len(store.max_marginal_relevance_search("fruit", k=3)) == 3
 
 
+def test_the_first_tokens_find_documents_that_all_tokens_rank(embeddings):
+    texts = [f"{animal} number {i}" for i in range(60) for animal in ("whale", "bee", "ant")]
+    store = AutoRegVectorStore.from_texts(texts, embeddings)
+    few = AutoRegEmbeddings(model=embeddings.model, device="cpu", dtype="float32", num_tokens=1)
+    first, whole = (
+        np.array(made.embed_documents(texts)) @ made.embed_query("red bee") for made in (few, embeddings)
+    )
+    candidates = np.argsort(-first)[:30]
+    best = candidates[np.argsort(-whole[candidates])[:5]]
+    found = store.similarity_search_with_score("red bee", k=5, num_tokens=1, fetch_k=30)
+    assert [document.page_content for document, _ in found] == [texts[i] for i in best]
+    np.testing.assert_allclose([score for _, score in found], whole[best], atol=1e-3)
+
+
+class TwoTokens(Embeddings):
+    """Two tokens, an angle each: to "0 90", "1 170" is nearest by the first, and "5 85" by both."""
+
+    def embed_query(self, text: str) -> list[float]:
+        angles = [math.radians(int(angle)) for angle in text.split()[:2]]
+        return [part / math.sqrt(2) for angle in angles for part in (math.cos(angle), math.sin(angle))]
+
+    def embed_documents(self, texts: list[str]) -> list[list[float]]:
+        return [self.embed_query(text) for text in texts]
+
+
+@pytest.fixture
+def of_two_tokens() -> AutoRegVectorStore:
+    return AutoRegVectorStore.from_texts(["1 170", "5 85", "2 100", "90 90"], TwoTokens(), tokens=2)
+
+
+SEARCHES_BY_FEWER_TOKENS = [
+    ("similarity", {"k": 1, "num_tokens": 1, "fetch_k": 1}, ["1 170"]),
+    ("similarity", {"k": 1, "num_tokens": 1, "fetch_k": 2}, ["2 100"]),
+    ("similarity", {"k": 1, "num_tokens": 1}, ["5 85"]),
+    ("similarity", {"k": 1, "num_tokens": 2}, ["5 85"]),
+    (
+        "similarity_score_threshold",
+        {"k": 1, "num_tokens": 1, "fetch_k": 1, "score_threshold": 0.5},
+        ["1 170"],
+    ),
+    ("similarity_score_threshold", {"k": 1, "num_tokens": 1, "fetch_k": 1, "score_threshold": 0.9}, []),
+    ("mmr", {"k": 1, "num_tokens": 1}, ["5 85"]),
+    ("hybrid", {"k": 1, "num_tokens": 1, "weights": (1, 0)}, ["5 85"]),
+]
+
+
+@pytest.mark.parametrize(("search_type", "options", "expected"), SEARCHES_BY_FEWER_TOKENS)
+@pytest.mark.filterwarnings("ignore:No relevant docs")
+async def test_retrievers_search_by_fewer_tokens(of_two_tokens, search_type, options, expected):
+    retriever = of_two_tokens.as_retriever(search_type=search_type, search_kwargs=options)
+    assert [document.page_content for document in retriever.invoke("0 90")] == expected
+    assert [document.page_content for document in await retriever.ainvoke("0 90")] == expected
+
+
+async def test_searches_by_vector_take_fewer_tokens_too(of_two_tokens):
+    vector, options = TwoTokens().embed_query("0 90"), {"num_tokens": 1, "fetch_k": 1}
+    for found in (
+        of_two_tokens.similarity_search_by_vector(vector, 1, **options),
+        await of_two_tokens.asimilarity_search_by_vector(vector, 1, **options),
+        await of_two_tokens.asimilarity_search("0 90", 1, **options),
+        await of_two_tokens.amax_marginal_relevance_search("0 90", 1, 1, num_tokens=1, filter={}),
+    ):
+        assert len(found) == 1
+    assert found[0].page_content == "5 85", "a hundred candidates at least"
+
+
+def test_bad_numbers_of_tokens_are_refused_by_name(of_two_tokens, compass):
+    for wrong in (0, 3):
+        with pytest.raises(ValueError, match=f"num_tokens must be between 1 and 2.* got {wrong}"):
+            of_two_tokens.similarity_search("0 90", num_tokens=wrong)
+    with pytest.raises(ValueError, match="give num_tokens"):
+        of_two_tokens.similarity_search("0 90", fetch_k=20)
+    with pytest.raises(IndexMismatchError, match="num_tokens=1 needs an index that knows"):
+        compass.similarity_search("east", num_tokens=1)
+    with pytest.raises(TypeError, match=r"\['token'\]"):
+        of_two_tokens.similarity_search("0 90", token=1)
+
+
 def test_vectors_go_to_the_index_as_arrays(embeddings, monkeypatch):
     def refuse(*_: object) -> None:
         raise AssertionError("vectors became Python lists")

@@ -3,6 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from llama_index.core import Document, VectorStoreIndex
+from llama_index.core.llms import MockLLM
 from llama_index.core.schema import NodeRelationship, TextNode
 from llama_index.core.vector_stores.types import (
     ExactMatchFilter,
@@ -16,7 +17,8 @@ from llama_index.core.vector_stores.types import (
 from llama_index.core.vector_stores.utils import build_metadata_filter_fn
 from points import ask, equal, point, store_of_three, where
 
-from autoregembed_indexes import IndexMismatchError
+from autoregembed_indexes import DocumentIndex, IndexMismatchError
+from autoregembed_rag import truncate
 from llama_index.embeddings.autoregembed import AutoRegEmbedding
 from llama_index.vector_stores.autoregembed import AutoRegVectorStore
 
@@ -332,3 +334,87 @@ def test_a_search_can_be_restricted_to_nodes_and_documents():
     assert len(ask(store, 37, k=3, doc_ids=["d1", "d2"]).ids) == 3
     with pytest.raises(IndexMismatchError, match=r"3.*2"):
         store.query(VectorStoreQuery(query_embedding=[1.0, 0.0, 0.0], node_ids=["n1"]))
+
+
+@pytest.fixture
+def of_two_tokens(tmp_path):
+    """Nodes of two tokens, an angle each."""
+    DocumentIndex.create(tmp_path / "index", tokens=2).close()
+    store = AutoRegVectorStore(tmp_path / "index")
+    store.add(
+        [
+            TextNode(id_=name, text=name, embedding=(np.array(two_tokens(*map(int, name.split())))).tolist())
+            for name in ("1 170", "5 85", "2 100", "90 90")
+        ]
+    )
+    yield store
+    store.close()
+
+
+def two_tokens(*angles):
+    turned = np.radians(angles)
+    return (np.stack([np.cos(turned), np.sin(turned)], axis=1).ravel() / np.sqrt(2)).tolist()
+
+
+@pytest.mark.parametrize(
+    ("mode", "options", "expected"),
+    [
+        ("default", {"num_tokens": 1, "fetch_k": 1}, "1 170"),
+        ("default", {"num_tokens": 1, "fetch_k": 2}, "2 100"),
+        ("default", {"num_tokens": 1}, "5 85"),
+        ("default", {"num_tokens": 2}, "5 85"),
+        ("mmr", {"num_tokens": 1, "mmr_threshold": 1}, "5 85"),
+        ("hybrid", {"num_tokens": 1}, "5 85"),
+    ],
+)
+async def test_the_first_tokens_find_nodes_that_all_tokens_rank(of_two_tokens, mode, options, expected):
+    query = VectorStoreQuery(
+        query_embedding=two_tokens(0, 90), query_str="?", similarity_top_k=1, mode=VectorStoreQueryMode(mode)
+    )
+    found = of_two_tokens.query(query, **options)
+    assert found.ids == [expected]
+    assert (await of_two_tokens.aquery(query, **options)).ids == [expected]
+    if mode == "default":
+        angles = np.radians(np.array(expected.split(), dtype=float) - [0, 90])
+        assert found.similarities == pytest.approx([np.cos(angles).mean()], abs=1e-3)
+
+
+def test_options_that_a_mode_does_not_have_and_numbers_that_are_not_there_are_refused(of_two_tokens, store):
+    query = VectorStoreQuery(query_embedding=two_tokens(0, 90), query_str="?", similarity_top_k=1)
+    for wrong in (0, 3):
+        with pytest.raises(ValueError, match=f"num_tokens must be between 1 and 2.* got {wrong}"):
+            of_two_tokens.query(query, num_tokens=wrong)
+    with pytest.raises(IndexMismatchError, match="num_tokens=1 needs an index that knows"):
+        store.query(VectorStoreQuery(query_embedding=[1.0, 0.0]), num_tokens=1)
+    query.mode = VectorStoreQueryMode.TEXT_SEARCH
+    with pytest.raises(TypeError, match=r"\['num_tokens'\] in query mode 'text_search'"):
+        of_two_tokens.query(query, num_tokens=1)
+
+
+def test_an_engine_searches_by_fewer_tokens_and_an_embedding_of_fewer_searches_a_whole_index(
+    tiny_checkpoint, tmp_path
+):
+    whole = AutoRegEmbedding(model=tiny_checkpoint, device="cpu", dtype="float32")
+    store = AutoRegVectorStore(tmp_path / "index", encoder=whole.encoder)
+    index = VectorStoreIndex.from_vector_store(store, embed_model=whole)
+    names = [f"{animal} {i}" for i in range(20) for animal in ("whale", "bee", "ant")]
+    index.insert_nodes([TextNode(text=name, id_=name) for name in names])
+
+    def best(first, k, fetch):
+        documents, query = whole.encoder.encode_documents(names), whole.encoder.encode_queries(["red bee"])
+        rough = (truncate(documents, 5, first) @ truncate(query, 5, first).T)[:, 0]
+        candidates = np.argsort(-rough)[:fetch]
+        exact = rough if fetch == k else (documents @ query.T)[:, 0]
+        return [names[i] for i in candidates[np.argsort(-exact[candidates])[:k]]]
+
+    options = {"similarity_top_k": 4, "vector_store_kwargs": {"num_tokens": 2, "fetch_k": 15}}
+    found = index.as_retriever(**options).retrieve("red bee")
+    assert [node.node_id for node in found] == best(2, 4, 15)
+    engine = index.as_query_engine(llm=MockLLM(), **options)
+    assert [node.node_id for node in engine.query("red bee").source_nodes] == best(2, 4, 15)
+
+    short = AutoRegEmbedding(model=tiny_checkpoint, device="cpu", dtype="float32", num_tokens=2)
+    narrow = VectorStoreIndex.from_vector_store(store, embed_model=short)
+    found = narrow.as_retriever(similarity_top_k=4).retrieve("red bee")
+    assert [node.node_id for node in found] == best(2, 4, 4)
+    store.close()

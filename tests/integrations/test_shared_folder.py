@@ -10,7 +10,7 @@ from llama_index.core import StorageContext, VectorStoreIndex
 from llama_index.core.node_parser import SentenceSplitter
 from llama_index.core.vector_stores.types import FilterCondition, MetadataFilter, MetadataFilters
 
-from langchain_autoregembed import AutoRegEmbeddings, AutoRegVectorStore, vectorstores
+from langchain_autoregembed import AutoRegEmbeddings, AutoRegVectorStore, documents
 from llama_index.embeddings.autoregembed import AutoRegEmbedding
 from llama_index.vector_stores.autoregembed import AutoRegVectorStore as LlamaStore
 from llama_index.vector_stores.autoregembed import nodes
@@ -157,4 +157,4 @@ def test_the_encoder_langchain_recorded_is_checked_by_llama_index(by_langchain, 
 
 
 def test_both_packages_reserve_the_same_keys():
-    assert nodes.RESERVED_PREFIX == vectorstores.RESERVED_PREFIX
+    assert nodes.RESERVED_PREFIX == documents.RESERVED_PREFIX

@@ -6,9 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from autoregembed_rag import AutoRegEncoder
+from autoregembed_rag import AutoRegEncoder, truncate
 from autoregembed_rag.config import DOCUMENT_INSTRUCTION, QUERY_INSTRUCTION
+from autoregembed_rag.pooling import pool
 
 TEXTS = ["A quick fox.", "Oranges and lemons.", "", "the river bank " * 5]
 
@@ -54,6 +58,64 @@ def test_num_tokens_is_the_first_blocks_of_the_full_embedding_renormalised(
     np.testing.assert_allclose(vectors, full * np.sqrt(5 / j), atol=1e-6)
     np.testing.assert_allclose(vectors, unit(full), atol=1e-6)
     assert truncated.compress(TEXTS).shape == (4, 5, 32), "the decoder reads all k"
+
+
+@pytest.mark.parametrize("j", [1, 2, 3, 4, 5])
+def test_truncating_is_encoding_with_fewer_tokens(encoder: AutoRegEncoder, tiny_checkpoint: Path, j):
+    short = load(tiny_checkpoint, num_tokens=j)
+    for full, fewer in (
+        (encoder.encode_documents(TEXTS), short.encode_documents(TEXTS)),
+        (encoder.encode_queries([])[:0], short.encode_queries([])),
+    ):
+        cut = truncate(full, 5, j)
+        assert cut.dtype == np.float32
+        np.testing.assert_array_equal(cut, fewer)
+        assert not np.shares_memory(cut, full)
+    one = encoder.encode_queries(TEXTS[:1])[0]
+    np.testing.assert_array_equal(truncate(one.tolist(), 5, j), short.encode_queries(TEXTS[:1])[0])
+
+
+@given(
+    tokens=st.integers(1, 6),
+    width=st.integers(1, 9),
+    seed=st.integers(0, 2**32 - 1),
+    dtype=st.sampled_from([np.float16, np.float32, np.float64]),
+    data=st.data(),
+)
+def test_truncated_rows_are_unit_vectors_and_truncating_twice_is_truncating_once(
+    tokens, width, seed, dtype, data
+):
+    compressed = torch.from_numpy(np.random.default_rng(seed).normal(size=(3, tokens, width)))
+    full = pool(compressed, "flatten").numpy().astype(dtype)
+    few = data.draw(st.integers(1, tokens))
+    cut = truncate(full, tokens, few)
+    assert cut.shape == (3, few * width)
+    np.testing.assert_allclose(np.linalg.norm(cut, axis=1), 1, atol=5e-3 if dtype == np.float16 else 1e-6)
+    np.testing.assert_allclose(cut, pool(compressed[:, :few], "flatten").numpy(), atol=2e-3)
+    fewer = data.draw(st.integers(1, few))
+    np.testing.assert_allclose(truncate(cut, few, fewer), truncate(full, tokens, fewer), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "num_tokens", "message"),
+    [
+        (5, 0, "num_tokens must be between 1 and 5, not 0"),
+        (5, 6, "num_tokens must be between 1 and 5, not 6"),
+        (0, 1, "num_tokens must be between 1 and 0, not 1"),
+        (3, 2, r"dimension 160 is not made of 3 tokens.*pooling=\"flatten\""),
+        (4, 2, r"not unit vectors of 4 tokens of equal length.*number of tokens of that encoder"),
+    ],
+)
+def test_what_cannot_be_truncated_is_refused(encoder: AutoRegEncoder, tokens, num_tokens, message):
+    with pytest.raises(ValueError, match=message):
+        truncate(encoder.encode_documents(TEXTS), tokens, num_tokens)
+
+
+def test_a_mean_cannot_be_truncated_after_pooling(tiny_checkpoint: Path):
+    mean = load(tiny_checkpoint, pooling="mean").encode_documents(TEXTS)
+    for tokens, why in ((5, "dimension 32 is not made of 5"), (4, "not unit vectors of 4 tokens")):
+        with pytest.raises(ValueError, match=rf"{why}.*pooling=\"flatten\""):
+            truncate(mean, tokens, 2)
 
 
 @pytest.mark.parametrize("j", [0, -1, 6])

@@ -218,15 +218,21 @@ class AutoRegVectorStore(BasePydanticVectorStore):
                 They are chosen from the nearest `mmr_prefetch_k`, or `mmr_prefetch_factor` times as many as
                 wanted: an option each, together an error, by default 4 times as many and at least 20.
 
+        In all modes with vectors the option `num_tokens` has the embedding's first so many tokens find candidates,
+        which are then ranked by all of them: faster, see `DocumentIndex.search`. In mode default the option `fetch_k`
+        says how many (by default max(100, 10 `similarity_top_k`)). A retriever or query engine takes options as
+        `vector_store_kwargs={"num_tokens": 2}`. The store must have been made with `encoder=` an AutoRegEncoder.
+
         `node_ids` and `doc_ids` (ids of source documents) restrict the search where they are not empty, and
         `filters` always; all apply before nodes are ranked, so that fewer come back only when fewer match.
         `output_fields` is ignored: nodes are whole. How filters compare is said in this package's `filters`.
 
         Raises:
             ValueError: another mode, no `query_embedding` or `query_str` where the mode needs it, an
-                `embedding_field`, an `alpha` or `mmr_threshold` out of range, k < 1.
+                `embedding_field`, an `alpha`, `mmr_threshold` or `num_tokens` out of range, k < 1.
             TypeError: an unknown option, a filter whose value does not suit its operator.
-            IndexMismatchError: the embedding has another dimension than the index.
+            IndexMismatchError: the embedding has another dimension than the index; `num_tokens` for an index that
+                does not know of tokens.
         """
         hits = search(self._index, query, kwargs)
         return VectorStoreQueryResult(

@@ -16,7 +16,11 @@ from llama_index.vector_stores.autoregembed.nodes import REF_DOC_KEY
 
 DEFAULT_ALPHA = 0.5
 DEFAULT_MMR_THRESHOLD = 0.5
-_MMR_OPTIONS = ("mmr_threshold", "mmr_prefetch_factor", "mmr_prefetch_k")
+_OPTIONS: dict[VectorStoreQueryMode, tuple[str, ...]] = {
+    VectorStoreQueryMode.DEFAULT: ("num_tokens", "fetch_k"),
+    VectorStoreQueryMode.HYBRID: ("num_tokens",),
+    VectorStoreQueryMode.MMR: ("num_tokens", "mmr_threshold", "mmr_prefetch_factor", "mmr_prefetch_k"),
+}
 
 
 def search(index: DocumentIndex, query: VectorStoreQuery, options: Mapping[str, Any]) -> list[Hit]:
@@ -25,8 +29,7 @@ def search(index: DocumentIndex, query: VectorStoreQuery, options: Mapping[str, 
     if mode not in _SEARCHES:
         modes = ", ".join(repr(known.value) for known in _SEARCHES)
         raise ValueError(f"query mode {mode.value!r} is not supported; these are: {modes}")
-    known_options = _MMR_OPTIONS if mode is VectorStoreQueryMode.MMR else ()
-    if unknown := sorted(set(options).difference(known_options)):
+    if unknown := sorted(set(options).difference(_OPTIONS.get(mode, ()))):
         raise TypeError(
             f"unknown options {unknown} in query mode {mode.value!r}: AutoRegVectorStore would have to ignore them"
         )
@@ -36,15 +39,24 @@ def search(index: DocumentIndex, query: VectorStoreQuery, options: Mapping[str, 
     return _SEARCHES[mode](index, query, among, **options)
 
 
-def _nearest(index: DocumentIndex, query: VectorStoreQuery, among: dict[str, Any]) -> list[Hit]:
-    return index.search(_vector(query), query.similarity_top_k, **among)[0]
+def _nearest(
+    index: DocumentIndex,
+    query: VectorStoreQuery,
+    among: dict[str, Any],
+    num_tokens: int | None = None,
+    fetch_k: int | None = None,
+) -> list[Hit]:
+    vector, k = _vector(query), query.similarity_top_k
+    return index.search(vector, k, num_tokens=num_tokens, fetch_k=fetch_k, **among)[0]
 
 
 def _worded(index: DocumentIndex, query: VectorStoreQuery, among: dict[str, Any]) -> list[Hit]:
     return index.search_text(_text(query), query.sparse_top_k or query.similarity_top_k, **among)
 
 
-def _fused(index: DocumentIndex, query: VectorStoreQuery, among: dict[str, Any]) -> list[Hit]:
+def _fused(
+    index: DocumentIndex, query: VectorStoreQuery, among: dict[str, Any], num_tokens: int | None = None
+) -> list[Hit]:
     alpha = _fraction("alpha", DEFAULT_ALPHA if query.alpha is None else query.alpha)
     k = query.hybrid_top_k or query.similarity_top_k
     depth = max(query.similarity_top_k, query.sparse_top_k or 0)
@@ -54,6 +66,7 @@ def _fused(index: DocumentIndex, query: VectorStoreQuery, among: dict[str, Any])
         k,
         weights=(alpha, 1 - alpha),
         fetch_k=depth if depth > k else None,
+        num_tokens=num_tokens,
         **among,
     )[0]
 
@@ -62,6 +75,7 @@ def _diverse(
     index: DocumentIndex,
     query: VectorStoreQuery,
     among: dict[str, Any],
+    num_tokens: int | None = None,
     mmr_threshold: float | None = None,
     mmr_prefetch_factor: float | None = None,
     mmr_prefetch_k: int | None = None,
@@ -73,7 +87,12 @@ def _diverse(
     given = [value for value in (query.mmr_threshold, mmr_threshold) if value is not None]
     threshold = _fraction("mmr_threshold", given[0] if given else DEFAULT_MMR_THRESHOLD)
     return index.search_mmr(
-        _vector(query), query.similarity_top_k, fetch_k=mmr_prefetch_k, lambda_mult=threshold, **among
+        _vector(query),
+        query.similarity_top_k,
+        fetch_k=mmr_prefetch_k,
+        lambda_mult=threshold,
+        num_tokens=num_tokens,
+        **among,
     )[0]
 
 
