@@ -183,6 +183,26 @@ def latencies(reports: Iterable[dict[str, Any]]) -> str:
     return "\n".join(parts)
 
 
+def rerankings(reports: Iterable[dict[str, Any]]) -> str:
+    """What ranking anew gains and costs: a row for each system of each set."""
+    rows = [
+        [
+            f"{report['dataset']} {report['split']}, {entry['system']}",
+            f"{entry['measures']['nDCG@10']:.4f}",
+            f"{entry['measures']['MRR@10']:.4f}",
+            f"{entry['ms_per_query']:,.0f}",
+        ]
+        for report in reports
+        for entry in report["results"]
+    ]
+    return markdown(["", "nDCG@10", "MRR@10", "ms/query"], rows)
+
+
+def is_reranking(report: dict[str, Any]) -> bool:
+    """Whether systems of the report rank anew what others found."""
+    return any("reranked" in entry["details"] for entry in report.get("results", []))
+
+
 def write_card(card: Path, rows: list[Figures], columns: list[str], how: str) -> None:
     """Put the scores of the checkpoint beside `card` there; `BenchmarkDataError` if they are not in the reports."""
     fingerprint = AutoRegEncoder.from_pretrained(card.parent, device="cpu").fingerprint
@@ -219,7 +239,9 @@ def main(
     try:
         reports = [json.loads(file.read_text(encoding="utf-8")) for file in files]
         timed = [report for report in reports if "kinds" in report]
-        rows = merge(figures for report in reports if report not in timed for figures in read_report(report))
+        reranked = [report for report in reports if is_reranking(report)]
+        scored = [report for report in reports if report not in (*timed, *reranked)]
+        rows = merge(figures for report in scored for figures in read_report(report))
         columns = list(dict.fromkeys(name for row in rows for name in row.values))
         columns.sort(key=lambda name: name.startswith(SPEED))
         sets = [name for name in columns if not name.startswith(SPEED)]
@@ -238,6 +260,7 @@ def main(
             machines="; ".join(machines),
             overview=overview(rows, columns),
             variants=variants(rows, columns),
+            rerankings=RERANKINGS.format(table=rerankings(reranked)) if reranked else "",
             latencies=LATENCIES.format(tables=latencies(timed)) if timed else "",
             commands=how,
             folder=pictures.name,
@@ -257,6 +280,14 @@ that their nDCG@10 only compares rows.
 
 {tables}"""
 
+RERANKINGS = """
+## Ranking anew by the decoder
+
+"50 reranked" ranks the best 50 of the search anew, as `GenerativeReranker` does by default, with priors that the index
+keeps. docs/reranking.md has other ways.
+
+{table}"""
+
 PAGE = """# Results
 
 Spearman x 100 of sentence pairs, nDCG@10 of retrieval, higher is better. documents/s is encoding and indexing.
@@ -269,7 +300,7 @@ Measured on {machines}. This page is made of JSON reports by `python -m benchmar
 
 {variants}
 ![Quality against dimensions]({folder}/tokens.png)
-{latencies}
+{latencies}{rerankings}
 ## How to measure it again
 
 `build/mini` is the recipe's work folder, which holds what each of its stages left; the fitted ones are `mini` on the

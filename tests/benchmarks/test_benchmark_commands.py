@@ -15,7 +15,8 @@ pytest.importorskip("langchain_core")
 pytest.importorskip("matplotlib")
 
 from autoregembed_indexes import DocumentIndex
-from benchmarks import demo, hotspots, latency, passages, retrieval, sts, systems
+from autoregembed_rag import GenerativeReranker
+from benchmarks import demo, hotspots, latency, passages, reranking, retrieval, sts, systems
 from benchmarks.beir import load_folder
 from benchmarks.models import BaseModel, SentenceTransformerModel, load_candidates
 from benchmarks.pydoc import standard_library_documents
@@ -225,6 +226,57 @@ def test_hotspots_draws_the_shares_of_a_checkpoint_and_of_a_shape(tiny_checkpoin
         assert parts["matrix products"] > 0
         assert parts[hotspots.TOKENS] > 0
     assert (tmp_path / "results.png").stat().st_size > 0
+
+
+def test_retrieval_ranks_the_best_anew_by_the_decoder(beir_folder, tiny_checkpoint, tmp_path):
+    arguments = ("--data-dir", beir_folder, "--model", tiny_checkpoint, "--rerank", 12, "--out", tmp_path)
+    result = run(retrieval.app, *arguments)
+    assert result.exit_code == 0, result.output
+    plain, anew, bm25 = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))["results"]
+    assert anew["system"] == f"{plain['system']}, 12 reranked"
+    assert anew["details"]["reranked"] == 12
+    assert anew["measures"]["Recall@100"] == plain["measures"]["Recall@100"]
+    assert anew["measures"]["nDCG@10"] != plain["measures"]["nDCG@10"]
+    assert anew["ms_per_query"] > 0
+    assert bm25["system"] == "BM25"
+
+
+def test_retrieval_says_before_it_begins_that_a_decoder_is_missing(beir_folder, tiny_base, tmp_path):
+    from autoregembed_rag import AutoRegEncoder
+
+    base = tmp_path / "base"
+    shutil.copytree(tiny_base, base)
+    AutoRegEncoder.from_base(base, device="cpu").save_pretrained(tmp_path / "model")
+    shutil.rmtree(base)
+    arguments = ("--data-dir", beir_folder, "--model", tmp_path / "model", "--rerank", 4)
+    result = run(retrieval.app, *arguments, "--out", tmp_path / "out")
+    assert result.exit_code == 2
+    assert "names the decoder" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_way_to_rerank_is_measured(beir_folder, tiny_checkpoint, tmp_path):
+    arguments = ("--data-dir", beir_folder, "--split", "test", "--model", tiny_checkpoint, "--depth", 4)
+    result = run(reranking.app, *arguments, "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    rows = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))["results"]
+    assert len(rows) == 1 + 3 * 2 * (1 + len(reranking.WEIGHTS))
+    assert len({row["measures"]["nDCG@10"] for row in rows}) > 1
+
+
+def test_the_ways_are_those_of_the_reranker(encoder, decoder, beir_folder):
+    data = load_folder(beir_folder)
+    texts = [document.content for document in data.documents]
+    scored = reranking.score(encoder, decoder, data, depth=5)
+    found = {(name, weight): rankings for name, weight, rankings in reranking.ways(scored)}
+    for prior, per_token, weight in (("unconditional", True, 0.25), ("document", False, None)):
+        reranker = GenerativeReranker(encoder, decoder, prior=prior, per_token=per_token, weight=weight)
+        name = f"prior {prior}, {'mean' if per_token else 'sum'} over tokens"
+        for query, before, after in zip(
+            data.queries.values(), scored.found, found[name, "" if weight is None else "0.25"], strict=True
+        ):
+            ranked = reranker.rank(query, [texts[place] for place in before])
+            assert [before[place] for place, _ in ranked] == after
 
 
 def test_fewer_tokens_and_mean_pooling_change_the_dimension(beir_folder, tiny_checkpoint, tmp_path):

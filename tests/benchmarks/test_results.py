@@ -119,6 +119,18 @@ def test_the_page_has_the_time_and_recall_of_searches_by_fewer_tokens(tmp_path):
     assert "refined" not in (tmp_path / "RESULTS.md").read_text(encoding="utf-8")
 
 
+def test_the_page_has_the_gain_and_cost_of_ranking_anew(tmp_path):
+    plain = entry("mini", "", 160, 0.25) | {"ms_per_query": 12.0}
+    anew = entry("mini", "", 160, 0.2601) | {"system": "mini, 50 reranked", "ms_per_query": 1503.4}
+    anew["details"] = anew["details"] | {"reranked": 50}
+    assert page(tmp_path, FULL, retrieval(plain, anew, dataset="sets")).exit_code == 0
+    text = (tmp_path / "RESULTS.md").read_text(encoding="utf-8")
+    assert "| sets test, mini | 0.2500 | 0.9000 | 12 |" in text
+    assert "| sets test, mini, 50 reranked | 0.2601 | 0.9000 | 1,503 |" in text
+    assert page(tmp_path, FULL).exit_code == 0
+    assert "reranked" not in (tmp_path / "RESULTS.md").read_text(encoding="utf-8")
+
+
 def test_reports_of_different_weights_under_one_name_are_refused(tmp_path):
     result = page(tmp_path, FULL, similarity(74.1, fingerprint="f2"))
     assert result.exit_code == 2
