@@ -71,6 +71,8 @@ for line in sys.stdin:
     print("dead", flush=True)
 """
 
+WRITES = {"add", "delete", "replace", "snapshot", "compact"}
+
 
 @pytest.fixture
 def folder(tmp_path):
@@ -87,7 +89,9 @@ def test_acknowledged_writes_survive_kill_at_any_moment_and_no_call_is_half_done
     with subprocess.Popen(  # noqa: S603
         [sys.executable, "-c", NURSERY], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as nursery:
-        for seed in range(200):
+        for seed in range(1000):
+            if seed >= 200 and verbs.keys() >= WRITES:  # a busy machine takes longer to get to all of them
+                break
             log.unlink(missing_ok=True)
             nursery.stdin.write(f"{path} {log} {seed}\n")
             nursery.stdin.flush()
@@ -111,7 +115,7 @@ def test_acknowledged_writes_survive_kill_at_any_moment_and_no_call_is_half_done
                     index.clear()
                 texts = {}
         nursery.stdin.close()
-    assert {"add", "delete", "replace", "snapshot", "compact"} <= set(verbs), verbs
+    assert verbs.keys() >= WRITES, verbs
 
 
 def check_after_kill(path, expected, unsure):
