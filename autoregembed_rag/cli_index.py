@@ -102,7 +102,8 @@ def compact(
 
     with errors_in_one_line(DocumentIndexError), DocumentIndex.open(folder) as opened:
         before = opened.info()["bytes"]
-        opened.snapshot(num_tokens=num_tokens)
+        if num_tokens is not None:
+            opened.snapshot(num_tokens=num_tokens)
         opened.compact()
         after = opened.info()["bytes"]
     typer.echo(f"{human_bytes(before)} before, {human_bytes(after)} after")

@@ -14,7 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    NoRepeatNGramLogitsProcessor,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from .chunked import by_chunks, by_groups
 from .config import CONFIG_NAME, AutoRegConfig
@@ -311,7 +316,10 @@ class FrozenDecoder(torch.nn.Module):
         No two tokens follow each other twice, since small decoders go in circles. Special tokens are left out.
         """
         said = self._write(
-            compressed, max_new_tokens=max_new_tokens, no_repeat_ngram_size=2, output_logits=True
+            compressed,
+            max_new_tokens=max_new_tokens,
+            logits_processor=[NoRepeatNGramLogitsProcessor(2)],
+            output_logits=True,
         )
         if said is None:
             return []

@@ -16,6 +16,8 @@ Prior = Literal["none", "document", "unconditional"]
 
 # Of reciprocal-rank fusion (Cormack et al., 2009): how little the first places differ.
 RANK_CONSTANT = 60
+# Documents whose priors are computed before they are kept.
+CHUNK = 2048
 
 
 class NumberCache(Protocol):
@@ -179,21 +181,22 @@ class GenerativeReranker:
     def priors(self, documents: Sequence[str], *, show_progress: bool = False) -> np.ndarray:
         """What each document's score is measured against, float32 [n]; it depends on no query.
 
-        Priors that `cache` has are taken from there, and others put there, unless it is read-only: call this once with
-        all documents of an index to have none computed while someone waits for an answer.
+        Priors that `cache` has are taken from there, and others put there as they are computed, unless it is read-only:
+        call this once with all documents of an index to have none computed while someone waits for an answer.
         """
         documents = check_texts(documents, "documents")
-        if self.prior == "none" or not documents:
+        if self.prior == "none":
             return np.zeros(len(documents), dtype=np.float32)
-        if self.cache is None:
-            return self._compute_priors(documents, show_progress)
-        found = self.cache.cached(self._prior_name, documents)
+        found = np.full(len(documents), np.nan, dtype=np.float32)
+        if self.cache is not None:
+            found = self.cache.cached(self._prior_name, documents)
         missing = np.flatnonzero(np.isnan(found))
-        if len(missing):
-            texts = [documents[i] for i in missing]
-            found[missing] = self._compute_priors(texts, show_progress)
-            if not self.cache.read_only:
-                self.cache.cache(self._prior_name, texts, found[missing])
+        for start in range(0, len(missing), CHUNK):
+            places = missing[start : start + CHUNK]
+            texts = [documents[place] for place in places]
+            found[places] = numbers = self._compute_priors(texts, show_progress)
+            if self.cache is not None and not self.cache.read_only:
+                self.cache.cache(self._prior_name, texts, numbers)
         return found
 
     def _compute_priors(self, documents: Sequence[str], show_progress: bool) -> np.ndarray:
@@ -205,13 +208,19 @@ class GenerativeReranker:
     def _log_prob(
         self, states: np.ndarray | None, documents: Sequence[str], show_progress: bool = False
     ) -> np.ndarray:
-        return self.decoder.log_prob(
+        found = self.decoder.log_prob(
             states,
             documents,
             per_token=self.per_token,
             batch_size=self.batch_size,
             show_progress=show_progress,
         )
+        if not np.isfinite(found).all():
+            raise ValueError(
+                f"the decoder's log-probabilities are not finite in {self.decoder.model.dtype}: load it in "
+                "another dtype"
+            )
+        return found
 
     @property
     def _prior_name(self) -> str:

@@ -32,8 +32,8 @@ def read_scores(reports: Iterable[Mapping[str, Any]], fingerprint: str) -> list[
             ) from error
         if not found:
             raise ValueError(
-                f"no score in the report on {report.get('dataset') or ', '.join(report['sets'])} is of the encoder "
-                f"with fingerprint {fingerprint}: measure this checkpoint, or leave the report out"
+                f"no score in the report on {report.get('dataset') or ', '.join(report.get('sets', []))} is of the "
+                f"encoder with fingerprint {fingerprint}: measure this checkpoint, or leave the report out"
             )
         scores += found
     return scores
@@ -44,6 +44,8 @@ def _report_scores(report: Mapping[str, Any]) -> Iterator[tuple[str | None, Scor
     for system in report["results"]:
         details = system["details"]
         use = str(details.get("use", ""))
+        if "reranked" in details:
+            use = f"{use}, {details['reranked']} reranked".removeprefix(", ")
         if "sets" in report:
             for dataset, value in system["spearman"].items():
                 yield (

@@ -103,7 +103,9 @@ def main(
     transformers_logging.disable_progress_bar()
     try:
         data = load_folder(data_dir, split)
-    except BenchmarkDataError as error:
+        encoder = AutoRegEncoder.from_pretrained(model)
+        decoder = FrozenDecoder.for_encoder(encoder)
+    except (BenchmarkDataError, FileNotFoundError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(2) from None
     chosen = random.Random(seed).sample(sorted(data.queries), min(queries or 10**9, len(data.queries)))
@@ -111,8 +113,7 @@ def main(
         queries={query: data.queries[query] for query in chosen},
         qrels={query: data.qrels[query] for query in chosen},
     )
-    encoder = AutoRegEncoder.from_pretrained(model)
-    scored = score(encoder, FrozenDecoder.for_encoder(encoder), data, depth)
+    scored = score(encoder, decoder, data, depth)
     ids = [document.id for document in data.documents]
     results = []
     for name, weight, rankings in ways(scored):

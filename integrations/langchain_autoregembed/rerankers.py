@@ -33,24 +33,37 @@ class AutoRegReranker(BaseDocumentCompressor):
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
 
     model: Any = Field(
-        default="mini", description="A checkpoint by name or folder, or a ready AutoRegEncoder."
+        frozen=True, default="mini", description="A checkpoint by name or folder, or a ready AutoRegEncoder."
     )
-    decoder: Any = Field(default=None, description="None: the decoder that the checkpoint names.")
-    device: str = Field(default="auto", description='"cpu", "cuda", "cuda:1", ..., or the best one there is.')
+    decoder: Any = Field(
+        frozen=True, default=None, description="None: the decoder that the checkpoint names."
+    )
+    device: str = Field(
+        frozen=True, default="auto", description='"cpu", "cuda", "cuda:1", ..., or the best one there is.'
+    )
     dtype: str = Field(
-        default="auto", description='"float32", "bfloat16", ..., or what the device does best.'
+        frozen=True, default="auto", description='"float32", "bfloat16", ..., or what the device does best.'
     )
-    prior: str = Field(default="unconditional", description='"none", "document" or "unconditional".')
-    per_token: bool = Field(default=True, description="Mean over a document's tokens, or their sum.")
+    prior: str = Field(
+        frozen=True, default="unconditional", description='"none", "document" or "unconditional".'
+    )
+    per_token: bool = Field(
+        frozen=True, default=True, description="Mean over a document's tokens, or their sum."
+    )
     weight: float | None = Field(
-        default=0.25, ge=0, description="Of the decoder's ranking beside the retriever's; None: it alone."
+        frozen=True,
+        default=0.25,
+        ge=0,
+        description="Of the decoder's ranking beside the retriever's; None: it alone.",
     )
     top_n: int | None = Field(default=3, ge=1, description="How many come back; None: all.")
     score_threshold: float | None = Field(
         default=None, description="Leaves out documents of a lower log-probability less its prior, in nats."
     )
-    batch_size: int = Field(default=32, ge=1, description="Documents per forward pass.")
-    index: Any = Field(default=None, description="The DocumentIndex where priors are kept; None: nowhere.")
+    batch_size: int = Field(frozen=True, default=32, ge=1, description="Documents per forward pass.")
+    index: Any = Field(
+        frozen=True, default=None, description="The DocumentIndex where priors are kept; None: nowhere."
+    )
 
     _reranker: GenerativeReranker = PrivateAttr()
 
@@ -69,6 +82,11 @@ class AutoRegReranker(BaseDocumentCompressor):
             batch_size=self.batch_size,
             cache=self.index,
         )
+
+    @property
+    def reranker(self) -> GenerativeReranker:
+        """What ranks: its `priors(texts)` fills the index beforehand."""
+        return self._reranker
 
     def compress_documents(
         self,

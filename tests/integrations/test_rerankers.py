@@ -11,7 +11,7 @@ pytest.importorskip("faiss")
 
 from langchain_core.documents import Document
 from llama_index.core.postprocessor.types import BaseNodePostprocessor
-from llama_index.core.schema import NodeWithScore, QueryBundle, TextNode
+from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle, TextNode
 
 from autoregembed_rag import GenerativeReranker
 from langchain_autoregembed import AutoRegEmbeddings, AutoRegReranker, AutoRegVectorStore
@@ -54,6 +54,8 @@ def test_llama_index_gives_the_best_first_with_their_scores(encoder, decoder, no
     assert [(int(node.node.node_id), node.score) for node in found] == expected
     assert [node.node.metadata["retrieval_score"] for node in found] == [0.5] * 4
     assert [node.score for node in nodes] == [0.5] * 4
+    assert all(node.node.metadata == {} for node in nodes)
+    assert "retrieval_score" not in found[0].node.get_content(MetadataMode.LLM)
 
 
 def test_llama_index_scores_nodes_as_they_would_be_embedded(encoder, decoder):
@@ -94,6 +96,8 @@ def test_options_that_do_not_exist_are_refused(encoder, decoder):
             kind(model=encoder, decoder=decoder, prior="self")
         with pytest.raises(ValueError, match="top_n"):
             kind(model=encoder, decoder=decoder, top_n=0)
+        with pytest.raises(ValueError, match="frozen"):
+            kind(model=encoder, decoder=decoder).weight = 1
 
 
 def test_the_index_keeps_priors_for_both_frameworks(

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from autoregembed_rag import AutoRegEncoder, FrozenDecoder, GenerativeReranker
+from autoregembed_rag import AutoRegEncoder, FrozenDecoder, GenerativeReranker, reranking
 
 QUERY = "what protects sailors?"
 DOCUMENTS = [
@@ -166,3 +166,25 @@ def test_a_weight_that_makes_no_sense_is_refused(make):
     for weight in (-1, float("nan"), float("inf")):
         with pytest.raises(ValueError, match=f"weight must be a number of at least 0, or None, not {weight}"):
             make(weight=weight)
+
+
+def test_priors_are_kept_as_they_are_computed(make, monkeypatch):
+    monkeypatch.setattr(reranking, "CHUNK", 2)
+    notes = Notes()
+    reranker = make(cache=notes)
+    expected = make().priors(DOCUMENTS)
+    compute = reranker._compute_priors
+    monkeypatch.setattr(
+        reranker, "_compute_priors", lambda texts, show: None if notes.kept else compute(texts, show)
+    )
+    with pytest.raises(TypeError):
+        reranker.priors(DOCUMENTS)
+    assert list(notes.kept.values()) == pytest.approx(expected[:2])
+    monkeypatch.undo()
+    np.testing.assert_allclose(make(cache=notes).priors(DOCUMENTS), expected, atol=1e-5)
+
+
+def test_log_probabilities_that_are_not_finite_are_an_error(make, decoder, monkeypatch):
+    monkeypatch.setattr(decoder, "log_prob", lambda _, texts, **__: np.full(len(texts), np.nan))
+    with pytest.raises(ValueError, match=r"not finite in torch.float32: load it in another dtype"):
+        make().scores(QUERY, DOCUMENTS)

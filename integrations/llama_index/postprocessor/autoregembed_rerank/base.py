@@ -12,6 +12,8 @@ from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle
 if TYPE_CHECKING:
     from autoregembed_rag.reranking import GenerativeReranker
 
+RETRIEVAL_SCORE = "retrieval_score"
+
 
 class AutoRegRerank(BaseNodePostprocessor):
     """Rank nodes by log p(node | query), which the checkpoint's own decoder gives, and by the retriever.
@@ -21,7 +23,7 @@ class AutoRegRerank(BaseNodePostprocessor):
     A node's score becomes that of the decoder's ranking fused by rank with the order in which the nodes came, higher is
     better, or with `weight=None` the decoder's score in nats. The query is encoded once, nodes go through
     the decoder in batches, each with the metadata that LlamaIndex would embed. With `index`, a `DocumentIndex` such as
-    `AutoRegVectorStore(...).index`, what does not depend on the query is kept there.
+    `AutoRegVectorStore(...).client`, what does not depend on the query is kept there.
 
     Raises:
         FileNotFoundError, ValueError: the model cannot be loaded, or its decoder; the message says how to name one.
@@ -30,29 +32,41 @@ class AutoRegRerank(BaseNodePostprocessor):
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
 
     model: Any = Field(
-        default="mini", description="A checkpoint by name or folder, or a ready AutoRegEncoder."
+        frozen=True, default="mini", description="A checkpoint by name or folder, or a ready AutoRegEncoder."
     )
-    decoder: Any = Field(default=None, description="None: the decoder that the checkpoint names.")
-    device: str = Field(default="auto", description='"cpu", "cuda", "cuda:1", ..., or the best one there is.')
+    decoder: Any = Field(
+        frozen=True, default=None, description="None: the decoder that the checkpoint names."
+    )
+    device: str = Field(
+        frozen=True, default="auto", description='"cpu", "cuda", "cuda:1", ..., or the best one there is.'
+    )
     dtype: str = Field(
-        default="auto", description='"float32", "bfloat16", ..., or what the device does best.'
+        frozen=True, default="auto", description='"float32", "bfloat16", ..., or what the device does best.'
     )
-    prior: str = Field(default="unconditional", description='"none", "document" or "unconditional".')
-    per_token: bool = Field(default=True, description="Mean over a node's tokens, or their sum.")
+    prior: str = Field(
+        frozen=True, default="unconditional", description='"none", "document" or "unconditional".'
+    )
+    per_token: bool = Field(frozen=True, default=True, description="Mean over a node's tokens, or their sum.")
     weight: float | None = Field(
-        default=0.25, ge=0, description="Of the decoder's ranking beside the retriever's; None: it alone."
+        frozen=True,
+        default=0.25,
+        ge=0,
+        description="Of the decoder's ranking beside the retriever's; None: it alone.",
     )
     top_n: int | None = Field(default=3, ge=1, description="How many come back; None: all.")
     score_threshold: float | None = Field(
         default=None, description="Leaves out nodes of a lower log-probability less its prior, in nats."
     )
-    batch_size: int = Field(default=32, ge=1, description="Nodes per forward pass.")
+    batch_size: int = Field(frozen=True, default=32, ge=1, description="Nodes per forward pass.")
     keep_retrieval_score: bool = Field(
         default=False,
         description='Keep the score that a node came with as "retrieval_score" in its metadata.',
     )
     index: Any = Field(
-        default=None, exclude=True, description="The DocumentIndex where priors are kept; None: nowhere."
+        frozen=True,
+        default=None,
+        exclude=True,
+        description="The DocumentIndex where priors are kept; None: nowhere.",
     )
 
     _reranker: GenerativeReranker = PrivateAttr()
@@ -77,6 +91,12 @@ class AutoRegRerank(BaseNodePostprocessor):
             batch_size=self.batch_size,
             cache=self.index,
         )
+
+    @property
+    def reranker(self) -> GenerativeReranker:
+        """What ranks: its `priors(texts)` fills the index beforehand, with texts as nodes give them in
+        MetadataMode.EMBED."""
+        return self._reranker
 
     def _postprocess_nodes(
         self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
@@ -105,6 +125,11 @@ class AutoRegRerank(BaseNodePostprocessor):
         return best
 
     def _scored(self, node: NodeWithScore, score: float) -> NodeWithScore:
-        if self.keep_retrieval_score:
-            node.node.metadata["retrieval_score"] = node.score
-        return NodeWithScore(node=node.node, score=score)
+        if not self.keep_retrieval_score:
+            return NodeWithScore(node=node.node, score=score)
+        hidden = {
+            name: [*getattr(node.node, name), RETRIEVAL_SCORE]
+            for name in ("excluded_embed_metadata_keys", "excluded_llm_metadata_keys")
+        }
+        metadata = {**node.node.metadata, RETRIEVAL_SCORE: node.score}
+        return NodeWithScore(node=node.node.model_copy(update={"metadata": metadata, **hidden}), score=score)
