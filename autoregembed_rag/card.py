@@ -76,7 +76,16 @@ def model_card(
     return facts.card(name, about, license, language)
 
 
-def write_card(encoder: AutoRegEncoder, folder: Path, history: History, name: str | None = None) -> None:
+def write_card(
+    encoder: AutoRegEncoder,
+    folder: Path,
+    history: History,
+    name: str | None = None,
+    *,
+    scores: Sequence[Mapping[str, Any]] = (),
+    license: str | None = None,  # noqa: A002
+    language: str | Sequence[str] | None = None,
+) -> None:
     """Write the card of the checkpoint that `encoder` was just saved as into its `folder`, unless the README.md there
     is somebody's own. The folder of an adapter gets none.
 
@@ -84,6 +93,7 @@ def write_card(encoder: AutoRegEncoder, folder: Path, history: History, name: st
         encoder: whose settings they are; the weights that count are those in `folder`.
         history: of these weights.
         name: by which it is to be loaded; None: the folder's.
+        scores, license, language: as `model_card` takes them.
     """
     file = folder / CARD_NAME
     if is_adapter(folder) or (file.exists() and not is_generated(file)):
@@ -93,8 +103,8 @@ def write_card(encoder: AutoRegEncoder, folder: Path, history: History, name: st
     decoder = AutoRegConfig.load(folder / CONFIG_NAME).decoder
     if decoder is not None and Path(decoder).is_dir() and not Path(decoder).is_relative_to(folder.resolve()):
         decoder = None  # a path on this machine says nothing to others
-    facts = Facts(encoder, folder, fingerprint, history, [], decoder)
-    text = facts.card(name or folder.resolve().name)
+    facts = Facts(encoder, folder, fingerprint, history, read_scores(scores, fingerprint), decoder)
+    text = facts.card(name or folder.resolve().name, license=license, language=language)
     beside = file.with_name(f".{CARD_NAME}.tmp")
     beside.write_text(f"{text}\n{_MARK.format(digest=_digest(text))}\n", encoding="utf-8")
     beside.replace(file)

@@ -41,28 +41,22 @@ def push(
     """
     with errors_in_one_line():
         # Imported here, for these take seconds.
-        from .card import CARD_NAME, is_generated, model_card
         from .encoder import AutoRegEncoder
 
-        encoder = AutoRegEncoder.from_pretrained(model, device="cpu")
-        card = None
-        if license or language or scores:
-            own = Path(model, CARD_NAME)
-            if own.is_file() and not is_generated(own):
-                raise ValueError(
-                    f"{own} is your own, so --license, --language and --scores have no place: write them there, or "
-                    "remove it"
-                )
-            reports = [_read(file) for file in scores or []]
-            languages = language.split(",") if language else None
-            card = model_card(encoder, repo_id, scores=reports, license=license, language=languages)
+        # In float32, or what an adapter merges to would depend on this machine; whole models go up as they are stored.
+        encoder = AutoRegEncoder.from_pretrained(model, device="cpu", dtype="float32")
+        card = {
+            "license": license,
+            "language": language.split(",") if language else None,
+            "scores": [_read(file) for file in scores or []],
+        }
         url = encoder.push_to_hub(
             repo_id,
             commit_message=message,
             private=private,
             revision=revision,
             create_pr=create_pr,
-            card=card,
+            card={name: value for name, value in card.items() if value},
         )
     typer.echo(url)
 

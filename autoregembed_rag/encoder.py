@@ -489,7 +489,7 @@ class AutoRegEncoder:
         token: str | bool | None = None,
         revision: str | None = None,
         create_pr: bool = False,
-        card: str | None = None,
+        card: str | Mapping[str, Any] | None = None,
     ) -> str:
         """Upload the checkpoint, its decoder and a model card to the Hugging Face hub, from where
         `from_pretrained(repo_id)` loads them.
@@ -507,13 +507,15 @@ class AutoRegEncoder:
             create_pr: open a pull request instead.
             card: the README.md, by `card.model_card` for example. None: the one in the folder that the encoder was
                 loaded from if somebody has written it, else the repository's if somebody has written that, else a
-                generated one.
+                generated one. A mapping is for that one: its `scores`, `license` and `language`, as
+                `card.model_card` takes them.
 
         Returns:
             The URL of the commit, or of the pull request.
 
         Raises:
-            ValueError: `repo_id` is none; the encoder has a live adapter, is quantized, or its decoder is gone.
+            ValueError: `repo_id` is none; the encoder has a live adapter, is quantized, or its decoder is gone; a
+                mapping is given where somebody has written a card.
             PermissionError: nobody is logged in, or without the right to write there.
             ConnectionError: the hub cannot be reached.
             OSError: it refuses for another reason, which is named.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -46,7 +46,7 @@ def push(
     token: str | bool | None,
     revision: str | None,
     create_pr: bool,
-    card: str | None,
+    card: str | Mapping[str, Any] | None,
 ) -> str:
     """What `AutoRegEncoder.push_to_hub` says."""
     if encoder.has_adapter:
@@ -60,11 +60,16 @@ def push(
         repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None and not create_pr and not revision.startswith("refs/"):
             api.create_branch(repo, branch=revision, exist_ok=True)
-        theirs = card is None and _has_own_card(repo, None if create_pr else revision, token)
+        theirs = not isinstance(card, str) and _has_own_card(repo, None if create_pr else revision, token)
     with TemporaryDirectory(prefix="autoregembed-") as temporary:
         folder = Path(temporary)
         write_for_hub(encoder, folder, decoder, repo, card)
         if theirs and is_generated(folder / CARD_NAME):
+            if card:
+                raise ValueError(
+                    f"{repo} has a {CARD_NAME} that somebody has written, which license, language and scores would "
+                    "replace: write them there, or remove it"
+                )
             logger.info("%s keeps its own %s, which is not a generated one", repo, CARD_NAME)
             (folder / CARD_NAME).unlink()
         with _said_clearly(repo):
@@ -80,7 +85,11 @@ def push(
 
 
 def write_for_hub(
-    encoder: AutoRegEncoder, folder: Path, decoder: Path | None, repo: str, card: str | None = None
+    encoder: AutoRegEncoder,
+    folder: Path,
+    decoder: Path | None,
+    repo: str,
+    card: str | Mapping[str, Any] | None = None,
 ) -> None:
     """Write into the empty `folder` what is to be in the repository `repo`, with links to weights that are stored
     already; arguments as `push` has them."""
@@ -93,12 +102,17 @@ def write_for_hub(
         load_tokenizer(decoder).save_pretrained(folder / DECODER)
     stored = None if source is None or is_adapter(source) else source
     write_checkpoint(folder, stored or encoder.model, encoder.tokenizer, config)
-    if card is not None:
+    own = None if source is None else source / CARD_NAME
+    if isinstance(card, str):
         (folder / CARD_NAME).write_text(card, encoding="utf-8")
-    elif source is not None and (source / CARD_NAME).is_file() and not is_generated(source / CARD_NAME):
-        shutil.copyfile(source / CARD_NAME, folder / CARD_NAME)
+    elif own is not None and own.is_file() and not is_generated(own):
+        if card:
+            raise ValueError(
+                f"{own} is your own, so license, language and scores have no place: write them there, or remove it"
+            )
+        shutil.copyfile(own, folder / CARD_NAME)
     else:
-        write_card(encoder, folder, read_history(source), repo)
+        write_card(encoder, folder, read_history(source), repo, **(card or {}))
 
 
 def decoder_to_push(config: AutoRegConfig) -> Path | None:

@@ -193,16 +193,17 @@ class DocumentIndex(SearchableIndex):
             return self._store.delete_all()
 
     def cache(self, name: str, texts: Sequence[str], numbers: ArrayLike) -> None:
-        """Keep a number [n] for each text under `name`: what is costly to compute of a text and needed again.
+        """Keep a float32 number [n] for each text under `name`: what is costly to compute of a text and needed again.
 
         Texts need not be documents here, and a number outlives its document until `clear`. Raises ValueError for a
         number that is NaN or infinite, or not one for each text.
         """
         texts = text_list(texts, "texts")
-        values = np.asarray(numbers, dtype=np.float64)
+        with np.errstate(over="ignore"):
+            values = np.asarray(numbers, dtype=np.float32) + np.float32(0)  # SQLite knows no -0.0
         if values.shape != (len(texts),) or not np.isfinite(values).all():
             raise ValueError(
-                f"numbers must be {len(texts)} finite numbers, one for each text, got {values.tolist()}"
+                f"numbers must be {len(texts)} finite float32 numbers, one for each text, got {numbers!r:.100}"
             )
         with self._session(write=True):
             self._store.cache(name, texts, values.tolist())
@@ -241,8 +242,9 @@ class DocumentIndex(SearchableIndex):
         folder, it is kept up with every change.
         """
         with self._writing() as state:
+            width = first_width(num_tokens, state.dimension or 0, state)
             if state.dimension is not None:
-                self._copy(state, first_width(num_tokens, state.dimension, state))
+                self._copy(state, width)
             for width in list(self._copies):
                 copy = self._copy(state, width)
                 with self._dropping(copy):

@@ -37,6 +37,12 @@ def test_a_later_number_replaces_and_clear_forgets(folder):
         assert np.isnan(index.cached("prior", TEXTS)).all()
 
 
+def test_a_negative_zero_is_kept(folder):
+    with DocumentIndex.open(folder) as index:
+        index.cache("prior", ["a"], [-0.0])
+        assert index.cached("prior", ["a"]) == 0
+
+
 def test_a_damaged_number_is_none(folder):
     with sqlite3.connect(folder / "documents.sqlite") as database:
         database.execute("UPDATE cached SET number = number + 1 WHERE number < 0")
@@ -46,8 +52,8 @@ def test_a_damaged_number_is_none(folder):
 
 def test_what_cannot_be_kept_is_refused(folder):
     with DocumentIndex.open(folder) as index:
-        for wrong in ([1.0], [1.0, np.nan, 2.0], [1.0, np.inf, 2.0], [[1.0, 2.0, 3.0]]):
-            with pytest.raises(ValueError, match="3 finite numbers, one for each text"):
+        for wrong in ([1.0], [1.0, np.nan, 2.0], [1.0, np.inf, 2.0], [1.0, 1e300, 2.0], [[1.0, 2.0, 3.0]]):
+            with pytest.raises(ValueError, match="3 finite float32 numbers, one for each text"):
                 index.cache("prior", TEXTS, wrong)
         with pytest.raises(TypeError, match="texts must be a list of texts, got str"):
             index.cache("prior", "a", [1.0])

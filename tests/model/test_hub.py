@@ -202,6 +202,18 @@ def test_a_card_that_somebody_wrote_is_kept_here_and_there(checkpoint: Path, hub
     assert hub.files(REPO)["README.md"] == b"# given\n"
 
 
+def test_facts_for_a_card_replace_none_that_somebody_wrote(checkpoint: Path, hub: Hub):
+    encoder = load(checkpoint)
+    encoder.push_to_hub(REPO, card={"license": "mit"})
+    assert ModelCard(hub.files(REPO)["README.md"].decode()).data.license == "mit"
+    encoder.push_to_hub(REPO, card={"license": "apache-2.0"})  # over a generated one
+    assert ModelCard(hub.files(REPO)["README.md"].decode()).data.license == "apache-2.0"
+    hub.commit(REPO, "main", {**hub.files(REPO), "README.md": b"# theirs\n"})
+    with pytest.raises(ValueError, match=r"ann/tiny has a README.md that somebody has written"):
+        encoder.push_to_hub(REPO, card={"license": "mit"})
+    assert hub.files(REPO)["README.md"] == b"# theirs\n"
+
+
 def test_a_generated_card_is_replaced(checkpoint: Path, hub: Hub):
     encoder = load(checkpoint)
     encoder.push_to_hub(REPO)
@@ -311,5 +323,5 @@ def test_what_the_docs_show_runs_as_written(checkpoint: Path, hub: Hub, tmp_path
     assert "| manuals | test |  | nDCG@10 | 0.2500 |" in card
     assert hub.private == {"my-name/fitted"}
     (command,) = re.findall(r"^autoregembed (push .*)$", docs, flags=re.MULTILINE)
-    result = CliRunner().invoke(app, command.split())
+    result = CliRunner().invoke(app, command.replace("my-name/fitted", "my-name/again").split())
     assert result.exit_code == 0, result.output
