@@ -345,7 +345,7 @@ def test_foreign_and_newer_databases_are_refused_by_name(folder):
     with sqlite3.connect(database) as connection:
         connection.execute("PRAGMA user_version = 99")
     connection.close()
-    with pytest.raises(DocumentIndexError, match=r"format 99.*format 2"):
+    with pytest.raises(DocumentIndexError, match=r"format 99.*format 3"):
         DocumentIndex.open(folder)
     database.unlink()
     with sqlite3.connect(database) as connection:
