@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 import typer
 
 from .cli_errors import errors_in_one_line
+from .cli_index import check_encoder
 
 if TYPE_CHECKING:
     import numpy as np
@@ -103,11 +104,7 @@ def _of_stored(
 ) -> dict[str, Reading]:
     from .reading import read_back, states_of_vectors
 
-    if stored.encoder is not None and stored.encoder != encoder.fingerprint:
-        raise ValueError(
-            f"{stored.folder} holds vectors of encoder {stored.encoder}, but {encoder} is encoder "
-            f"{encoder.fingerprint}; give --model the one it was made with"
-        )
+    check_encoder(stored.folder, stored.encoder, str(encoder), encoder)
     if encoder.config.pooling == "mean":
         raise ValueError("mean-pooled vectors cannot be read back: the decoder reads the compressed vectors")
     states = states_of_vectors(stored.vector, encoder.compress([stored.text], "self"))

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
     from autoregembed_indexes import DocumentIndex, Hit
 
+    from .encoder import AutoRegEncoder
+
 LINE_WIDTH = 100
 BYTE_COUNTS = ("memory_budget", "bytes")
 
@@ -185,17 +187,22 @@ def _encode_query(query: str, model: str, opened: DocumentIndex) -> np.ndarray:
     from .pooling import truncate
 
     encoder = AutoRegEncoder.from_pretrained(model)
-    if opened.encoder is not None and opened.encoder != encoder.fingerprint:
-        raise ValueError(
-            f"{opened.path} holds vectors of encoder {opened.encoder}, but {model!r} is encoder "
-            f"{encoder.fingerprint}; give --model the one it was made with"
-        )
+    check_encoder(opened.path, opened.encoder, repr(model), encoder)
     vectors = encoder.encode_queries([query])
     if (
         opened.tokens and opened.tokens < encoder.num_tokens
     ):  # an index of the first few is searched by as many
         vectors = truncate(vectors, encoder.num_tokens, opened.tokens)
     return vectors
+
+
+def check_encoder(folder: Path | None, recorded: str | None, name: str, encoder: AutoRegEncoder) -> None:
+    """ValueError if the index in `folder` records another encoder than the one called `name`."""
+    if recorded is not None and recorded != encoder.fingerprint:
+        raise ValueError(
+            f"{folder} holds vectors of encoder {recorded}, but {name} is encoder {encoder.fingerprint}; give --model "
+            "the one it was made with"
+        )
 
 
 def _print_hits(hits: list[Hit]) -> None:

@@ -17,6 +17,8 @@ DOCUMENT_INSTRUCTION = "Find sentences that are semantically similar to this tex
 Pooling = Literal["flatten", "mean"]
 
 CONFIG_NAME = "autoregembed.json"
+DECODER_FOLDER = "decoder"
+"""Where a checkpoint that carries its decoder has it."""
 FORMAT_VERSION = 1
 # What sentence-transformers reads: the class that opens the folder, and the prompts by name.
 MODULES_NAME = "modules.json"

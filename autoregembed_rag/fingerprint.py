@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from .config import AutoRegConfig
@@ -60,6 +60,14 @@ def weights_digest(source: str | Path | nn.Module) -> str:
     digest = hashlib.sha256()
     _hash_weights(digest, source if isinstance(source, nn.Module) else Path(source))
     return digest.hexdigest()
+
+
+def sound_weights_digest(folder: Path) -> str | None:
+    """`weights_digest` of a folder; None if its weights are damaged."""
+    try:
+        return weights_digest(folder)
+    except SafetensorError:
+        return None
 
 
 def _hash_weights(digest: Digest, source: Path | nn.Module) -> None:

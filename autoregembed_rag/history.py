@@ -8,9 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
-from .fingerprint import weights_digest
+from .fingerprint import sound_weights_digest
 
 RECORD = "training.json"
 """What a stage of training leaves."""
@@ -111,7 +109,11 @@ def _record_of_these_weights(folder: Path) -> tuple[dict[str, Any], dict[str, An
     for name, beside in ((REPORT, PLAN), (RECORD, None)):
         record = _read(folder / name)
         plan = {} if beside is None else _read(folder / beside)
-        if "weights" in record and (beside is None or plan) and record["weights"] == _digest(folder):
+        if (
+            "weights" in record
+            and (beside is None or plan)
+            and record["weights"] == sound_weights_digest(folder)
+        ):
             return record, plan
     return None
 
@@ -123,13 +125,6 @@ def _read(file: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
-
-
-def _digest(folder: Path) -> str | None:
-    try:
-        return weights_digest(folder)
-    except SafetensorError:
-        return None
 
 
 def _earlier(record: Mapping[str, Any]) -> list[StageHistory]:

@@ -22,7 +22,7 @@ from huggingface_hub.errors import (
 )
 
 from .card import CARD_NAME, is_generated, write_card
-from .config import AutoRegConfig
+from .config import DECODER_FOLDER, AutoRegConfig
 from .history import read_history
 from .loading import WEIGHTS, is_hub_id, load_tokenizer
 from .weights import is_adapter, link_weights, write_checkpoint
@@ -32,9 +32,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-DECODER = "decoder"
 # What an earlier upload may have left that would be taken for a part of this one.
-_STALE = [f"{WEIGHTS}*", "adapter_*", f"{DECODER}/*"]
+_STALE = [f"{WEIGHTS}*", "adapter_*", f"{DECODER_FOLDER}/*"]
 
 
 def push(
@@ -96,10 +95,10 @@ def write_for_hub(
     source = encoder._source
     config = encoder.config
     if decoder is not None:
-        config = replace(config, decoder=str(folder.resolve() / DECODER))
-        (folder / DECODER).mkdir()
-        link_weights(decoder, folder / DECODER)
-        load_tokenizer(decoder).save_pretrained(folder / DECODER)
+        config = replace(config, decoder=str(folder.resolve() / DECODER_FOLDER))
+        (folder / DECODER_FOLDER).mkdir()
+        link_weights(decoder, folder / DECODER_FOLDER)
+        load_tokenizer(decoder).save_pretrained(folder / DECODER_FOLDER)
     stored = None if source is None or is_adapter(source) else source
     write_checkpoint(folder, stored or encoder.model, encoder.tokenizer, config)
     own = None if source is None else source / CARD_NAME

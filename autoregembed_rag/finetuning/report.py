@@ -9,9 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
-from ..fingerprint import weights_digest
+from ..fingerprint import sound_weights_digest, weights_digest
 from ..history import REPORT
 from ..training.checkpoints import write_json
 from .curves import draw_losses
@@ -99,20 +97,12 @@ class FinetuneReport:
                 losses=found["losses"],
                 seconds=found["seconds"],
             )
-        if _weights(folder) != weights:
+        if sound_weights_digest(folder) != weights:
             raise ValueError(
                 f"the weights in {folder} are not those that {folder / REPORT} is about: give another output folder, "
                 "or remove this one to train again"
             )
         return report
-
-
-def _weights(folder: Path) -> str | None:
-    """Their digest; None if they are damaged."""
-    try:
-        return weights_digest(folder)
-    except SafetensorError:
-        return None
 
 
 ADVICE = (

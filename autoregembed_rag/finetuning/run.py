@@ -29,6 +29,7 @@ from types import NoneType
 from typing import Any, cast
 
 from ..card import write_card
+from ..config import DECODER_FOLDER
 from ..decoder import FrozenDecoder
 from ..encoder import AutoRegEncoder
 from ..history import REPORT, earlier_stages, read_history
@@ -63,7 +64,6 @@ from .state import (
 
 logger = logging.getLogger(__name__)
 
-DECODER = "decoder"
 
 DEFAULT_BLEND = 0.5
 """Share of the trained weights in what becomes of a checkpoint."""
@@ -320,7 +320,7 @@ class _Run:
         """With a copy of a decoder that is part of this package: another release may bundle another."""
         decoder = trained.config.decoder
         if decoder is not None and Path(decoder).is_relative_to(BUNDLED):
-            copy = self.output.resolve() / DECODER
+            copy = self.output.resolve() / DECODER_FOLDER
             shutil.copytree(decoder, copy, dirs_exist_ok=True)
             trained.config = replace(trained.config, decoder=str(copy))
         return trained

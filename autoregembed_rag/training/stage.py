@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import get_available_reporting_integrations
@@ -21,7 +20,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from ..card import write_card
 from ..decoder import FrozenDecoder
 from ..encoder import AutoRegEncoder
-from ..fingerprint import weights_digest
+from ..fingerprint import sound_weights_digest, weights_digest
 from ..history import RECORD, earlier_stages, stage_history
 from ..loading import resolve_dtype
 from .arguments import StageArguments
@@ -259,11 +258,7 @@ class Stage:
         return record
 
     def _check_weights(self, record: dict[str, Any]) -> None:
-        try:
-            found = weights_digest(self.output)
-        except SafetensorError:
-            found = None
-        if found != record.get("weights"):
+        if sound_weights_digest(self.output) != record.get("weights"):
             raise ValueError(
                 f"the weights in {self.output} are not those that this run left there: give another output folder, or "
                 "empty this one to train again"

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from autoregembed_rag import AutoRegEncoder
 from autoregembed_rag.card import CARD_NAME, model_card
-from autoregembed_rag.config import CONFIG_NAME
+from autoregembed_rag.config import CONFIG_NAME, DECODER_FOLDER
 
 from .bag import DOCUMENTS
 from .sizes import Size
@@ -25,10 +25,10 @@ def package(work: Path, stages: list[str], size: Size, seed: int, output: Path) 
     encoder = AutoRegEncoder.from_pretrained(work / "aligned", device="cpu", dtype="bfloat16")
     encoder.save_pretrained(output, card=False)
     decoder = AutoModelForCausalLM.from_pretrained(work / "base", dtype=torch.bfloat16)
-    decoder.save_pretrained(output / "decoder")
-    AutoTokenizer.from_pretrained(work / "base").save_pretrained(output / "decoder")
+    decoder.save_pretrained(output / DECODER_FOLDER)
+    AutoTokenizer.from_pretrained(work / "base").save_pretrained(output / DECODER_FOLDER)
     record = json.loads((output / CONFIG_NAME).read_text())
-    (output / CONFIG_NAME).write_text(json.dumps({**record, "decoder": "decoder"}, indent=2) + "\n")
+    (output / CONFIG_NAME).write_text(json.dumps({**record, "decoder": DECODER_FOLDER}, indent=2) + "\n")
     written = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
     if written > MAX_BYTES:
         raise ValueError(
