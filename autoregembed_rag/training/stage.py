@@ -130,6 +130,7 @@ class Stage:
 
         CheckpointError: nothing can be.
         """
+        wait_for_everyone()  # a process that still looks into the folder would take the claim for somebody else's file
         if self._leads:
             claim(self.output)
         wait_for_everyone()

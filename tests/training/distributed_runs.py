@@ -8,8 +8,9 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from autoregembed_rag import AutoRegEncoder, FrozenDecoder
+from autoregembed_rag.training import checkpoints
 from autoregembed_rag.training.alignment import train_alignment
 from autoregembed_rag.training.arguments import AlignmentArguments, CompressionArguments
 from autoregembed_rag.training.compression import train_compression
@@ -204,6 +206,20 @@ def poisoned(base: Path, folder: Path) -> None:
     train_compression(encoder, decoder, COMPRESSION, folder / "out", CompressionArguments(**settings()))
 
 
+@contextmanager
+def late_look() -> Iterator[None]:
+    """The second process is still looking into the output folder when the first has done so."""
+    newest = checkpoints.newest_checkpoint
+
+    def late(output: Path) -> Path | None:
+        time.sleep(0.5 * rank())
+        return newest(output)
+
+    checkpoints.newest_checkpoint = late
+    yield
+    checkpoints.newest_checkpoint = newest
+
+
 def refused_adapter(base: Path, folder: Path) -> None:
     try:
         adapt(base, folder / "lora")
@@ -234,7 +250,8 @@ def main(what: str, base: Path, folder: Path) -> None:
     else:
         measure("lora", adapt, base, folder)
     for name, run in RUNS.items():
-        measure(name, run, base, folder)
+        with late_look() if name == "few" else nullcontext():
+            measure(name, run, base, folder)
     resume(base, folder)
 
 

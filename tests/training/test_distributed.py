@@ -58,7 +58,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
             measure(name, run, base, folders["one"])
         for name, worker in workers.items():
             output, _ = worker.communicate(timeout=300)
-            assert worker.returncode == 0, f"{name}: {output[-4000:]}"
+            assert worker.returncode == 0, f"{name}: {output[-20000:]}"
     finally:
         for worker in workers.values():
             worker.kill()
