@@ -25,7 +25,10 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[all]" --group dev
 	# Only tests use it, and what they use runs with the huggingface-hub 2 that its bounds leave out.
 	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt langchain-huggingface
+	# The Milvus server that tests start; its old requirements would pull ours back.
+	test -x .venv-milvus/bin/python || $(PYTHON) -m venv .venv-milvus
+	.venv-milvus/bin/python -m pip install --quiet milvus==2.3.5 "setuptools<70" "marshmallow<4"
 	touch $(STAMP)
 
 clean:
-	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-milvus build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
