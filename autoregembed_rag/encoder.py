@@ -36,7 +36,7 @@ from .loading import (
     untrained_config,
 )
 from .passes import Passes
-from .pooling import first_tokens, pool
+from .pooling import check_num_tokens, first_tokens, pool
 from .prompt import PromptBuilder, Prompts, check_texts
 from .weights import (
     checkpoint_config,
@@ -88,9 +88,7 @@ class AutoRegEncoder:
                 f"max_length={config.max_length} exceeds the {longest} positions of the model; lower max_length"
             )
         k = config.num_compressed_tokens
-        self.num_tokens = k if num_tokens is None else num_tokens
-        if not 1 <= self.num_tokens <= k:
-            raise ValueError(f"num_tokens must be between 1 and {k}, not {num_tokens}")
+        self.num_tokens = k if num_tokens is None else check_num_tokens(num_tokens, k)
         if self.num_tokens < k and config.pooling == "mean":
             raise ValueError(
                 f'num_tokens={num_tokens} cannot truncate pooling="mean", which mixes all {k} vectors: '

@@ -35,6 +35,20 @@ def first_tokens(vectors: Vectors, tokens: int, num_tokens: int) -> Vectors:
     return vectors[..., :width] * math.sqrt(tokens / num_tokens)
 
 
+def check_num_tokens(num_tokens: int, tokens: int) -> int:
+    """`num_tokens`, where it can be a number of the first of `tokens`.
+
+    Raises:
+        TypeError: it is no integer.
+        ValueError: it is not between 1 and `tokens`.
+    """
+    if isinstance(num_tokens, bool) or not isinstance(num_tokens, (int, np.integer)):
+        raise TypeError(f"num_tokens must be an integer between 1 and {tokens}, not {num_tokens!r}")
+    if not 1 <= num_tokens <= tokens:
+        raise ValueError(f"num_tokens must be between 1 and {tokens}, not {num_tokens}")
+    return int(num_tokens)
+
+
 def truncate(vectors: ArrayLike, tokens: int, num_tokens: int) -> NDArray[np.float32]:
     """Cut flattened embeddings to their first compressed tokens, with no encoding: attention is causal, so that
     these do not depend on the rest. The result is what an encoder of `num_tokens` gives.
@@ -48,11 +62,11 @@ def truncate(vectors: ArrayLike, tokens: int, num_tokens: int) -> NDArray[np.flo
         float32 [n, dimension * num_tokens / tokens], unit rows.
 
     Raises:
+        TypeError: `num_tokens` is no integer.
         ValueError: `num_tokens` is out of range, or the vectors are not of so many tokens of equal length. The mean
             of all tokens cannot be cut: it is made with pooling="flatten" or not at all.
     """
-    if not 1 <= num_tokens <= tokens:
-        raise ValueError(f"num_tokens must be between 1 and {tokens}, not {num_tokens}")
+    num_tokens = check_num_tokens(num_tokens, tokens)
     flat = np.asarray(vectors, dtype=np.float32)
     dimension = flat.shape[-1] if flat.ndim else 0
     remedy = 'encode with pooling="flatten", and give the number of tokens of that encoder'

@@ -124,6 +124,14 @@ def test_num_tokens_out_of_range_is_refused(tiny_checkpoint: Path, j):
         load(tiny_checkpoint, num_tokens=j)
 
 
+@pytest.mark.parametrize("j", [2.5, "2", True])
+def test_num_tokens_that_is_no_integer_is_refused(encoder: AutoRegEncoder, tiny_checkpoint: Path, j):
+    with pytest.raises(TypeError, match=f"num_tokens must be an integer between 1 and 5, not {j!r}"):
+        load(tiny_checkpoint, num_tokens=j)
+    with pytest.raises(TypeError, match=f"num_tokens must be an integer between 1 and 5, not {j!r}"):
+        truncate(encoder.encode_documents(TEXTS), 5, j)
+
+
 def test_a_mean_cannot_be_truncated(tiny_checkpoint: Path):
     with pytest.raises(ValueError, match=r'num_tokens=2 cannot truncate pooling="mean".*"flatten"'):
         load(tiny_checkpoint, num_tokens=2, pooling="mean")
