@@ -243,7 +243,10 @@ class AutoRegEncoder:
     @property
     def fingerprint(self) -> str:
         """Names everything that decides an embedding's meaning: weights, tokenizer, instructions, k, pooling,
-        max_length. Not the device, dtype or attention it runs with, nor `num_tokens`, which only truncates."""
+        max_length. Not the device, dtype or attention it runs with, nor `num_tokens`, which only truncates.
+
+        FileNotFoundError: it is asked for the first time, and the folder that the encoder was loaded from is gone.
+        """
         if self._fingerprint is None:
             weights = self._source or self.model
             vocabulary = self.tokenizer.get_vocab()
