@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
-from .card import write_card
+from .card import remove_card, write_card
 from .config import AutoRegConfig, Pooling
 from .fingerprint import encoder_fingerprint
 from .history import read_history
@@ -472,7 +472,7 @@ class AutoRegEncoder:
             folder: made if missing; weights of an earlier save are replaced.
             state_dict: weights to write instead of the live ones, named as in `model.state_dict()`.
             card: write README.md, for which the weights are read once more; one that somebody has written or changed
-                stays as it is. False: leave it out.
+                stays as it is. False: leave it out, and remove one that an earlier save generated.
 
         Raises:
             ValueError: `folder` is the decoder, which would be lost, or the weights are quantized.
@@ -482,6 +482,8 @@ class AutoRegEncoder:
         write_checkpoint(Path(folder), self.model, self.tokenizer, self.config, state_dict)
         if card:
             write_card(self, Path(folder), history)
+        else:
+            remove_card(Path(folder))
 
     def push_to_hub(
         self,
