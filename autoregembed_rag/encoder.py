@@ -140,7 +140,8 @@ class AutoRegEncoder:
             quantize: "int8" keeps the weights in 8 bits (needs torchao): half of bfloat16's memory, hardly another
                 speed, cosines of 0.99 and more with the full vectors. Such an encoder is neither trained nor saved.
             revision: of a hub id: a branch, a tag or a commit; None is its main branch.
-            token: for a private hub id; None is the one of `hf auth login` or HF_TOKEN.
+            token: for a private hub id, and the base model of an adapter; None is the one of `hf auth login` or
+                HF_TOKEN.
             trust_remote_code: run Python code that comes with the model; off unless you ask.
 
         Raises:
@@ -161,7 +162,7 @@ class AutoRegEncoder:
         names = [device] if isinstance(device, str | torch.device) else list(device)
         devices = [resolve_device(name) for name in names]
         place, arguments = model_arguments(devices[0], dtype, attn_implementation, trust_remote_code)
-        body = load_body(folder, place, arguments)
+        body = load_body(folder, place, arguments, token=token)
         if quantize is not None:
             quantize_body(body, quantize)
         return cls(

@@ -98,7 +98,8 @@ def write_for_hub(
         config = replace(config, decoder=str(folder.resolve() / DECODER_FOLDER))
         (folder / DECODER_FOLDER).mkdir()
         link_weights(decoder, folder / DECODER_FOLDER)
-        load_tokenizer(decoder).save_pretrained(folder / DECODER_FOLDER)
+        trusted = bool(encoder._load_arguments.get("trust_remote_code"))
+        load_tokenizer(decoder, trust_remote_code=trusted).save_pretrained(folder / DECODER_FOLDER)
     stored = None if source is None or is_adapter(source) else source
     write_checkpoint(folder, stored or encoder.model, encoder.tokenizer, config)
     own = None if source is None else source / CARD_NAME

@@ -118,6 +118,7 @@ class AutoRegModule(InputModule):
             device=place or ("auto" if attention == FLASH else "cpu"),
             dtype=resolve_dtype(dtype, resolve_device(place or "auto")),
             attn_implementation=attention,
+            token=token,
             trust_remote_code=trust_remote_code,
         )
         return cls(encoder)

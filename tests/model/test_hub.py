@@ -7,6 +7,7 @@ import logging
 import re
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import huggingface_hub
@@ -176,6 +177,30 @@ def test_a_private_repository_is_made_and_read_with_a_token(checkpoint: Path, hu
         load(REPO)
     assert load(REPO, token=TOKEN).dimension == 160
     assert FrozenDecoder.from_pretrained(REPO, device="cpu", token=TOKEN).hidden_size == 32
+
+
+def test_the_base_of_an_adapter_is_asked_for_with_the_token_and_not_at_its_revision(
+    tiny_base: Path, hub: Hub, tmp_path: Path, monkeypatch
+):
+    pytest.importorskip("peft")
+    from autoregembed_rag.training.lora import LoraArguments, lora_pair
+
+    live, _ = lora_pair(tiny_base, LoraArguments(rank=2), device="cpu", dtype="float32")
+    live.config = replace(live.config, decoder="ann/base")
+    live.save_pretrained(tmp_path / "adapter")
+    for repo, branch, folder in ((REPO, "second", tmp_path / "adapter"), ("ann/base", "main", tiny_base)):
+        hub.commit(repo, branch, {file.name: file.read_bytes() for file in folder.iterdir()})
+        hub.private.add(repo)
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(FileNotFoundError, match="over the base model 'ann/base', which cannot be loaded"):
+        load(tmp_path / "adapter")
+    encoder = load(REPO, revision="second", token=TOKEN)
+    np.testing.assert_allclose(encoder.encode(TEXTS), live.encode(TEXTS), atol=1e-5)
+    assert len(encoder.fingerprint) == 16
+    shutil.rmtree(tmp_path / "cache")
+    with pytest.raises(FileNotFoundError, match="names the decoder 'ann/base', which cannot be loaded"):
+        FrozenDecoder.for_encoder(encoder, device="cpu")
+    assert FrozenDecoder.for_encoder(encoder, device="cpu", token=TOKEN).hidden_size == 32
 
 
 def test_what_was_downloaded_loads_again_offline(checkpoint: Path, hub: Hub, monkeypatch):
