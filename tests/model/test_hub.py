@@ -142,6 +142,31 @@ def test_a_second_push_leaves_nothing_of_the_first_that_would_be_read(checkpoint
     assert load(REPO).fingerprint == encoder.fingerprint
 
 
+def test_a_push_removes_no_file_that_no_save_writes(checkpoint: Path, hub: Hub):
+    encoder = load(checkpoint)
+    encoder.push_to_hub(REPO)
+    theirs = {
+        "adapter_x/notes.md": b"theirs",
+        "adapter_notes.md": b"theirs",
+        "decoder/README.md": b"theirs",
+        "model-big/model.safetensors": b"theirs",
+        "decoder/old/config.json": b"theirs",
+    }
+    stale = {
+        "special_tokens_map.json": b"{}",
+        "chat_template.jinja": b"x",
+        "adapter_config.json": b"{}",
+        "adapter_model.safetensors": b"x",
+        "decoder/model.safetensors.index.json": b"{}",
+        "decoder/added_tokens.json": b"{}",
+    }
+    hub.commit(REPO, "main", {**hub.files(REPO), **theirs, **stale})
+    encoder.push_to_hub(REPO)
+    assert not stale.keys() & hub.files(REPO).keys()
+    assert theirs.items() <= hub.files(REPO).items()
+    assert load(REPO).fingerprint == encoder.fingerprint
+
+
 def test_a_revision_is_a_branch_to_push_to_and_to_load_from(checkpoint: Path, hub: Hub):
     encoder = load(checkpoint)
     encoder.push_to_hub(REPO)
