@@ -8,6 +8,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 
 import huggingface_hub
@@ -20,6 +21,7 @@ from typer.testing import CliRunner
 
 from autoregembed_rag import AutoRegEncoder, FrozenDecoder
 from autoregembed_rag.cli import app
+from autoregembed_rag.cli_push import push
 
 TEXTS = ["A quick fox.", "Oranges and lemons."]
 REPO = "ann/tiny"
@@ -338,7 +340,14 @@ def test_quantized_weights_are_refused(checkpoint: Path, hub: Hub):
     assert not hub.branches
 
 
-def test_the_command_pushes_with_what_the_card_is_to_say(checkpoint: Path, hub: Hub, tmp_path: Path):
+def test_the_command_has_every_option_of_the_method():
+    method = signature(AutoRegEncoder.push_to_hub).parameters.keys() - {"self"}
+    assert method <= signature(push).parameters.keys()
+
+
+def test_the_command_pushes_with_what_the_card_is_to_say(
+    checkpoint: Path, hub: Hub, tmp_path: Path, monkeypatch
+):
     arguments = ["push", str(checkpoint), REPO, "--license", "mit", "--language", "en,de", "--private"]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
@@ -351,6 +360,16 @@ def test_the_command_pushes_with_what_the_card_is_to_say(checkpoint: Path, hub: 
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 2
     assert "README.md is your own" in result.stderr
+    (tmp_path / "card.md").write_text("# another\n")
+    given = ["push", str(checkpoint), REPO, "--card", str(tmp_path / "card.md"), "--commit-message", "Again"]
+    monkeypatch.delenv("HF_TOKEN")
+    result = CliRunner().invoke(app, [*given, "--token", TOKEN])
+    assert result.exit_code == 0, result.output
+    assert (hub.files(REPO)["README.md"], hub.messages[-1]) == (b"# another\n", "Again")
+    result = CliRunner().invoke(app, [*given, "--token", TOKEN, "--license", "mit"])
+    assert result.exit_code == 2
+    assert "--license cannot change the card that --card gives" in result.stderr
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
     result = CliRunner().invoke(app, ["push", str(checkpoint), "bob/tiny"])
     assert result.exit_code == 2
     assert "error: you may not write to bob/tiny" in result.stderr
