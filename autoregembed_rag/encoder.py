@@ -26,6 +26,7 @@ from .last_layer import restrict_last_layer
 from .loading import (
     add_embed_tokens,
     check_causal,
+    check_positions,
     embedding_table,
     initial_rows,
     load_model,
@@ -82,11 +83,7 @@ class AutoRegEncoder:
             load_arguments: keywords with which `from_pretrained(source)` makes this encoder again.
             devices: where to encode at the same time, the model's own and others; none is the model's own.
         """
-        longest = getattr(model.config, "max_position_embeddings", None)
-        if longest is not None and config.max_length > longest:
-            raise ValueError(
-                f"max_length={config.max_length} exceeds the {longest} positions of the model; lower max_length"
-            )
+        check_positions(model, config.max_length)
         k = config.num_compressed_tokens
         self.num_tokens = k if num_tokens is None else num_tokens
         if not 1 <= self.num_tokens <= k:
