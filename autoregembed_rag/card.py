@@ -87,7 +87,7 @@ def write_card(
     language: str | Sequence[str] | None = None,
 ) -> None:
     """Write the card of the checkpoint that `encoder` was just saved as into its `folder`, unless the README.md there
-    is somebody's own. The folder of an adapter gets none.
+    is somebody's own. The folder of an adapter has none.
 
     Args:
         encoder: whose settings they are; the weights that count are those in `folder`.
@@ -96,7 +96,10 @@ def write_card(
         scores, license, language: as `model_card` takes them.
     """
     file = folder / CARD_NAME
-    if is_adapter(folder) or (file.exists() and not is_generated(file)):
+    if is_adapter(folder):
+        remove_card(folder)
+        return
+    if file.exists() and not is_generated(file):
         return
     vocabulary = encoder.tokenizer.get_vocab()
     fingerprint = encoder_fingerprint(folder, vocabulary, encoder.prompts, encoder.config)
@@ -108,6 +111,13 @@ def write_card(
     beside = file.with_name(f".{CARD_NAME}.tmp")
     beside.write_text(f"{text}\n{_MARK.format(digest=_digest(text))}\n", encoding="utf-8")
     beside.replace(file)
+
+
+def remove_card(folder: Path) -> None:
+    """Remove the card that `write_card` wrote for what was in `folder` before; somebody's own stays."""
+    file = folder / CARD_NAME
+    if file.exists() and is_generated(file):
+        file.unlink()
 
 
 def is_generated(file: Path) -> bool:
@@ -170,6 +180,12 @@ class Facts:
         config = self.encoder.config
         return self._hidden_size * (config.num_compressed_tokens if config.pooling == "flatten" else 1)
 
+    @property
+    def _comparison(self) -> Mapping[str, Any] | None:
+        """Of the fine-tuning run, if it measured this encoder: these weights under these settings."""
+        finetuned = self.history.finetuned
+        return finetuned["comparison"] if finetuned.get("fingerprint") == self.fingerprint else None
+
     def _front(self, title: str, license: str | None, language: str | Sequence[str] | None) -> str:  # noqa: A002
         from huggingface_hub import ModelCardData
 
@@ -196,7 +212,7 @@ class Facts:
         from huggingface_hub import EvalResult
 
         scores = [*self.scores]
-        if comparison := self.history.finetuned.get("comparison"):
+        if comparison := self._comparison:
             scores.insert(
                 0, Score("information-retrieval", HELD_OUT, None, "", "nDCG@10", comparison["after"])
             )
@@ -263,7 +279,7 @@ class Facts:
 
     def _scores(self) -> str | None:
         lines = []
-        if comparison := self.history.finetuned.get("comparison"):
+        if comparison := self._comparison:
             lines += [
                 f"{comparison['queries']:,} {HELD_OUT}, before and after fine-tuning: "
                 f"nDCG@10 {comparison['before']:.4f} and {comparison['after']:.4f} (95% interval of the difference "

@@ -23,7 +23,11 @@ def push(
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, made if missing. Default: main.")] = None,
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
-    message: Annotated[str, typer.Option(help="Of the commit.")] = "Upload AutoRegEncoder",
+    commit_message: Annotated[str, typer.Option(help="Of the upload.")] = "Upload AutoRegEncoder",
+    token: Annotated[
+        str | None, typer.Option(help="With the right to write. Default: of `hf auth login` or HF_TOKEN.")
+    ] = None,
+    card: Annotated[Path | None, typer.Option(help="A README.md to upload as the model card.")] = None,
     license: Annotated[str | None, typer.Option(help="For the model card: apache-2.0, mit, ...")] = None,  # noqa: A002
     language: Annotated[str | None, typer.Option(help="For the model card: en, or en,de.")] = None,
     scores: Annotated[
@@ -35,7 +39,8 @@ def push(
 ) -> None:
     """Upload a checkpoint with its decoder and a model card; log in with `hf auth login` or HF_TOKEN.
 
-    A README.md that you have written into DIR goes as it is; otherwise the card says what training left on record.
+    A README.md that you give by --card or have written into DIR goes as it is; otherwise the card says what training
+    left on record, and what --license, --language and --scores add.
 
     Example: autoregembed push ./fitted my-name/fitted --license apache-2.0
     """
@@ -43,20 +48,27 @@ def push(
         # Imported here, for these take seconds.
         from .encoder import AutoRegEncoder
 
-        # In float32, or what an adapter merges to would depend on this machine; whole models go up as they are stored.
-        encoder = AutoRegEncoder.from_pretrained(model, device="cpu", dtype="float32")
-        card = {
+        facts = {
             "license": license,
             "language": language.split(",") if language else None,
             "scores": [_read(file) for file in scores or []],
         }
+        facts = {name: value for name, value in facts.items() if value}
+        if card is not None and facts:
+            raise ValueError(
+                f"--{', --'.join(facts)} cannot change the card that --card gives: write it there"
+            )
+        written = None if card is None else card.read_text(encoding="utf-8")
+        # In float32, or what an adapter merges to would depend on this machine; whole models go up as they are stored.
+        encoder = AutoRegEncoder.from_pretrained(model, device="cpu", dtype="float32", token=token)
         url = encoder.push_to_hub(
             repo_id,
-            commit_message=message,
+            commit_message=commit_message,
             private=private,
+            token=token,
             revision=revision,
             create_pr=create_pr,
-            card={name: value for name, value in card.items() if value},
+            card=facts if written is None else written,
         )
     typer.echo(url)
 

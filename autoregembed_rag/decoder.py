@@ -119,14 +119,17 @@ class FrozenDecoder(torch.nn.Module):
         *,
         device: str | torch.device = "auto",
         dtype: str | torch.dtype = "auto",
+        token: str | bool | None = None,
+        trust_remote_code: bool = False,
     ) -> FrozenDecoder:
-        """Load the decoder that an encoder's checkpoint names.
+        """Load the decoder that an encoder's checkpoint names; arguments as `from_pretrained` has them.
 
         Raises:
             FileNotFoundError: it cannot be loaded.
             ValueError: the checkpoint does not name it; the message says how to.
         """
-        return cls.from_pretrained(_named_folder(encoder.config.decoder, encoder), device=device, dtype=dtype)
+        folder = _named_folder(encoder.config.decoder, encoder, token)
+        return cls.from_pretrained(folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
 
     def train(self, mode: bool = True) -> FrozenDecoder:  # noqa: ARG002
         """Changes nothing: the decoder is always in eval mode."""

@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
-from .card import write_card
+from .card import remove_card, write_card
 from .config import AutoRegConfig, Pooling
 from .fingerprint import encoder_fingerprint
 from .history import read_history
@@ -26,6 +26,7 @@ from .last_layer import restrict_last_layer
 from .loading import (
     add_embed_tokens,
     check_causal,
+    check_positions,
     embedding_table,
     initial_rows,
     load_model,
@@ -82,11 +83,7 @@ class AutoRegEncoder:
             load_arguments: keywords with which `from_pretrained(source)` makes this encoder again.
             devices: where to encode at the same time, the model's own and others; none is the model's own.
         """
-        longest = getattr(model.config, "max_position_embeddings", None)
-        if longest is not None and config.max_length > longest:
-            raise ValueError(
-                f"max_length={config.max_length} exceeds the {longest} positions of the model; lower max_length"
-            )
+        check_positions(model, config.max_length)
         k = config.num_compressed_tokens
         self.num_tokens = k if num_tokens is None else check_num_tokens(num_tokens, k)
         if self.num_tokens < k and config.pooling == "mean":
@@ -138,7 +135,8 @@ class AutoRegEncoder:
             quantize: "int8" keeps the weights in 8 bits (needs torchao): half of bfloat16's memory, hardly another
                 speed, cosines of 0.99 and more with the full vectors. Such an encoder is neither trained nor saved.
             revision: of a hub id: a branch, a tag or a commit; None is its main branch.
-            token: for a private hub id; None is the one of `hf auth login` or HF_TOKEN.
+            token: for a private hub id, and the base model of an adapter; None is the one of `hf auth login` or
+                HF_TOKEN.
             trust_remote_code: run Python code that comes with the model; off unless you ask.
 
         Raises:
@@ -159,7 +157,7 @@ class AutoRegEncoder:
         names = [device] if isinstance(device, str | torch.device) else list(device)
         devices = [resolve_device(name) for name in names]
         place, arguments = model_arguments(devices[0], dtype, attn_implementation, trust_remote_code)
-        body = load_body(folder, place, arguments)
+        body = load_body(folder, place, arguments, token=token)
         if quantize is not None:
             quantize_body(body, quantize)
         return cls(
@@ -241,7 +239,10 @@ class AutoRegEncoder:
     @property
     def fingerprint(self) -> str:
         """Names everything that decides an embedding's meaning: weights, tokenizer, instructions, k, pooling,
-        max_length. Not the device, dtype or attention it runs with, nor `num_tokens`, which only truncates."""
+        max_length. Not the device, dtype or attention it runs with, nor `num_tokens`, which only truncates.
+
+        FileNotFoundError: it is asked for the first time, and the folder that the encoder was loaded from is gone.
+        """
         if self._fingerprint is None:
             weights = self._source or self.model
             vocabulary = self.tokenizer.get_vocab()
@@ -467,7 +468,7 @@ class AutoRegEncoder:
             folder: made if missing; weights of an earlier save are replaced.
             state_dict: weights to write instead of the live ones, named as in `model.state_dict()`.
             card: write README.md, for which the weights are read once more; one that somebody has written or changed
-                stays as it is. False: leave it out.
+                stays as it is. False: leave it out, and remove one that an earlier save generated.
 
         Raises:
             ValueError: `folder` is the decoder, which would be lost, or the weights are quantized.
@@ -477,6 +478,8 @@ class AutoRegEncoder:
         write_checkpoint(Path(folder), self.model, self.tokenizer, self.config, state_dict)
         if card:
             write_card(self, Path(folder), history)
+        else:
+            remove_card(Path(folder))
 
     def push_to_hub(
         self,

@@ -56,6 +56,8 @@ def weights_digest(source: str | Path | nn.Module) -> str:
     Args:
         source: a folder, whose weights are taken as stored, however they are spread over files (an adapter's with
             its base), or a model in memory, whose weights are taken as they are now.
+
+    FileNotFoundError: the folder holds no weights.
     """
     digest = hashlib.sha256()
     _hash_weights(digest, source if isinstance(source, nn.Module) else Path(source))
@@ -63,10 +65,10 @@ def weights_digest(source: str | Path | nn.Module) -> str:
 
 
 def sound_weights_digest(folder: Path) -> str | None:
-    """`weights_digest` of a folder; None if its weights are damaged."""
+    """`weights_digest` of a folder; None if its weights are damaged or gone."""
     try:
         return weights_digest(folder)
-    except SafetensorError:
+    except (SafetensorError, FileNotFoundError):
         return None
 
 
@@ -93,6 +95,10 @@ def _stored(folder: Path) -> Iterator[tuple[str, Tensor]]:
         files = folder.glob(ADAPTER_WEIGHTS if is_adapter(folder) else WEIGHTS)
         shards = [stack.enter_context(safe_open(file, framework="pt")) for file in files]
         homes = {name: shard for shard in shards for name in shard.keys()}  # noqa: SIM118
+        if not homes:
+            raise FileNotFoundError(
+                f"{folder} holds no weights to tell by which model it is: put {WEIGHTS} back"
+            )
         for name in sorted(homes):  # however the weights are spread over files
             yield name, homes[name].get_tensor(name)
 

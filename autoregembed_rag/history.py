@@ -47,7 +47,8 @@ class History:
     Attributes:
         stages: oldest first.
         finetuned: of a fine-tuning run, which then had the last stages: "kind" and "counts" of what it found, its
-            "settings", and the "comparison" and "verdict" of its report; empty if there was none.
+            "settings", and the "comparison" and "verdict" of its report, which are of the encoder with "fingerprint"
+            (None: not recorded); empty if there was none.
     """
 
     stages: tuple[StageHistory, ...] = ()
@@ -100,6 +101,7 @@ def finetune_history(report: Mapping[str, Any], plan: Mapping[str, Any]) -> Hist
         "settings": settings,
         "comparison": report["comparison"],
         "verdict": report["verdict"],
+        "fingerprint": report.get("fingerprint"),
     }
     return History((*_earlier(plan), *stages), finetuned)
 

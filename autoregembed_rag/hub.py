@@ -24,7 +24,7 @@ from huggingface_hub.errors import (
 from .card import CARD_NAME, is_generated, write_card
 from .config import DECODER_FOLDER, AutoRegConfig
 from .history import read_history
-from .loading import WEIGHTS, is_hub_id, load_tokenizer
+from .loading import ADAPTER_CONFIG, ADAPTER_WEIGHTS, is_hub_id, load_tokenizer
 from .weights import is_adapter, link_weights, write_checkpoint
 
 if TYPE_CHECKING:
@@ -32,8 +32,23 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# What an earlier upload may have left that would be taken for a part of this one.
-_STALE = [f"{WEIGHTS}*", "adapter_*", f"{DECODER_FOLDER}/*"]
+# The files that transformers writes of a model and its tokenizer: one that an earlier upload left would be taken for a
+# part of this one, or lie there unread. Others are somebody's own.
+_SAVED = (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    f"model-{'[0-9]' * 5}-of-{'[0-9]' * 5}.safetensors",
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
+_STALE = [*_SAVED, *(f"{DECODER_FOLDER}/{name}" for name in _SAVED)]
 
 
 def push(
@@ -98,7 +113,8 @@ def write_for_hub(
         config = replace(config, decoder=str(folder.resolve() / DECODER_FOLDER))
         (folder / DECODER_FOLDER).mkdir()
         link_weights(decoder, folder / DECODER_FOLDER)
-        load_tokenizer(decoder).save_pretrained(folder / DECODER_FOLDER)
+        trusted = bool(encoder._load_arguments.get("trust_remote_code"))
+        load_tokenizer(decoder, trust_remote_code=trusted).save_pretrained(folder / DECODER_FOLDER)
     stored = None if source is None or is_adapter(source) else source
     write_checkpoint(folder, stored or encoder.model, encoder.tokenizer, config)
     own = None if source is None else source / CARD_NAME

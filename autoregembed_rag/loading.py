@@ -235,6 +235,15 @@ def untrained_config(
     )
 
 
+def check_positions(model: PreTrainedModel, max_length: int) -> None:
+    """ValueError for prompts of more tokens than the model has positions."""
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if longest is not None and max_length > longest:
+        raise ValueError(
+            f"max_length={max_length} exceeds the {longest} positions of the model; lower max_length"
+        )
+
+
 @torch.inference_mode()
 def check_causal(model: PreTrainedModel) -> None:
     """ValueError for a model that looks to the right: it would see padding, and its vectors the batch; and for one

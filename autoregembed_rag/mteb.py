@@ -39,8 +39,9 @@ class AutoRegMteb(AbsEncoder):
     ) -> None:
         """Load a checkpoint, or take a ready encoder.
 
-        `mteb_model_meta` names it autoregembed/FOLDER, and its revision by the fingerprint, so that results which mteb
-        keeps are never those of other weights or settings.
+        `mteb_model_meta` names it autoregembed/FOLDER, and its revision by the fingerprint, with `num_tokens`, `dtype`
+        and `quantize` where they are set, so that results which mteb keeps are never those of other weights or
+        settings.
 
         Args:
             model_name: a bundled name, a folder, a hub id, or an encoder.
@@ -59,7 +60,7 @@ class AutoRegMteb(AbsEncoder):
             encoder, name = model_name, "encoder"
         else:
             encoder = AutoRegEncoder.from_pretrained(model_name, device=device or "auto", **settings)
-            name = Path(model_name).name
+            name = Path(model_name).resolve().name  # of "." too
         self.model = encoder
         own = _revision(encoder)
         if revision not in (None, own):
@@ -92,10 +93,16 @@ class AutoRegMteb(AbsEncoder):
 
 
 def _revision(encoder: AutoRegEncoder) -> str:
-    """The fingerprint, and the number of vectors where not all are used, which it does not cover."""
-    if encoder.num_tokens == encoder.num_compressed_tokens:
-        return encoder.fingerprint
-    return f"{encoder.fingerprint}-{encoder.num_tokens}"
+    """The fingerprint, and what was set that it does not cover: the number of vectors where not all are used, a dtype,
+    quantization."""
+    parts = [encoder.fingerprint]
+    if encoder.num_tokens != encoder.num_compressed_tokens:
+        parts.append(str(encoder.num_tokens))
+    dtype = str(encoder._load_arguments.get("dtype", "auto")).removeprefix("torch.")
+    parts += [] if dtype == "auto" else [dtype]
+    quantize = encoder._load_arguments.get("quantize")
+    parts += [] if quantize is None else [quantize]
+    return "-".join(parts)
 
 
 def _describe(encoder: AutoRegEncoder, name: str, revision: str) -> ModelMeta:

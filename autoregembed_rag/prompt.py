@@ -10,6 +10,7 @@ tokenizer under other threads' feet.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from copy import copy
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -177,6 +178,12 @@ class PromptBuilder:
         self._prefix = [] if tokenizer.bos_token_id is None else [int(tokenizer.bos_token_id)]
         self._compressed = [vocabulary[name] for name in names]
         self._max_length = max_length
+
+    def with_max_length(self, max_length: int) -> PromptBuilder:
+        """The same for prompts of at most `max_length` tokens."""
+        other = copy(self)
+        other._max_length = max_length
+        return other
 
     def max_text_tokens(self, instruction: str) -> int:
         """Tokens of text that fit beside `instruction`; ValueError if none do."""

@@ -27,7 +27,7 @@ except ImportError as error:
 
 from .config import PROMPTS_NAME
 from .encoder import AutoRegEncoder
-from .loading import resolve_device, resolve_dtype, resolve_folder
+from .loading import check_positions, resolve_device, resolve_dtype, resolve_folder
 from .passes import FLASH, compressed_states
 from .pooling import pool
 from .prompt import check_texts, pad_right
@@ -51,9 +51,6 @@ class AutoRegModule(InputModule):
         """
         super().__init__()  # type: ignore[no-untyped-call]
         self._told_of_cuts = False
-        self._take(encoder)
-
-    def _take(self, encoder: AutoRegEncoder) -> None:
         self.model = encoder.trainable()
         self.tokenizer = encoder.tokenizer
         self._prompts = encoder.prompts
@@ -118,6 +115,7 @@ class AutoRegModule(InputModule):
             device=place or ("auto" if attention == FLASH else "cpu"),
             dtype=resolve_dtype(dtype, resolve_device(place or "auto")),
             attn_implementation=attention,
+            token=token,
             trust_remote_code=trust_remote_code,
         )
         return cls(encoder)
@@ -135,7 +133,11 @@ class AutoRegModule(InputModule):
     @max_seq_length.setter
     def max_seq_length(self, value: int) -> None:
         config = replace(self._config, max_length=value)
-        self._take(AutoRegEncoder(self.model, self.tokenizer, config, num_tokens=self._num_tokens))
+        check_positions(self.model, value)
+        prompts = self._prompts.with_max_length(value)
+        for instruction in (config.query_instruction, config.document_instruction):
+            prompts.max_text_tokens(instruction)  # raises if it fills the prompt
+        self._config, self._prompts = config, prompts
 
     def get_embedding_dimension(self) -> int:
         """Dimensions of an embedding."""

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.dynamic_module_utils import get_relative_imports
 
 from .config import CONFIG_NAME, AutoRegConfig, recorded_config
 from .loading import (
@@ -68,11 +69,11 @@ def adapter_base(folder: Path) -> str:
     return str(base)
 
 
-def adapter_base_folder(folder: Path) -> Path:
+def adapter_base_folder(folder: Path, token: str | bool | None = None) -> Path:
     """The local folder of that base model; FileNotFoundError says where to write its new place."""
     base = adapter_base(folder)
     try:
-        return resolve_folder(base)
+        return resolve_folder(base, token=token)
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"{folder} holds an adapter over the base model {base!r}, which cannot be loaded: put the base back, or "
@@ -86,8 +87,11 @@ def checkpoint_config(folder: Path, vocabulary: Mapping[str, int]) -> AutoRegCon
     return replace(config, decoder=adapter_base(folder)) if is_adapter(folder) else config
 
 
-def load_body(folder: Path, place: torch.device, arguments: dict[str, Any]) -> PreTrainedModel:
-    """The causal body in `folder`, on its device and in eval mode; an adapter is merged into its base.
+def load_body(
+    folder: Path, place: torch.device, arguments: dict[str, Any], *, token: str | bool | None = None
+) -> PreTrainedModel:
+    """The causal body in `folder`, on its device and in eval mode; an adapter is merged into its base, for which
+    `token` is.
 
     Raises:
         FileNotFoundError: no safetensors, or an adapter's base is missing.
@@ -97,7 +101,7 @@ def load_body(folder: Path, place: torch.device, arguments: dict[str, Any]) -> P
     if not is_adapter(folder):
         return cast(PreTrainedModel, load_model(AutoModel, folder, arguments).to(place))  # type: ignore[arg-type]
     require_peft()
-    body = load_model(AutoModel, adapter_base_folder(folder), arguments).to(place)  # type: ignore[arg-type]
+    body = load_model(AutoModel, adapter_base_folder(folder, token), arguments).to(place)  # type: ignore[arg-type]
     wrapped = attach_adapter(body, folder)
     # peft froze the base; a merged body can be trained like any other.
     return cast(PreTrainedModel, wrapped.merge_and_unload().eval().requires_grad_(True))
@@ -190,7 +194,8 @@ def write_checkpoint(
 
 
 def link_weights(source: Path, folder: Path) -> None:
-    """Put links to the model that is stored in `source` into `folder`: weights and architecture.
+    """Put links to the model that is stored in `source` into `folder`: weights and architecture, with the code of one
+    that transformers does not have.
 
     FileNotFoundError: no safetensors.
     """
@@ -199,9 +204,23 @@ def link_weights(source: Path, folder: Path) -> None:
             f"{source} has no {WEIGHTS} (pickled weights are not read): load it where you trust it and call "
             "save_pretrained, which writes safetensors"
         )
-    for file in (*source.glob(f"{WEIGHTS}*"), source / "config.json", source / "generation_config.json"):
+    settings = source / "config.json", source / "generation_config.json"
+    for file in (*source.glob(f"{WEIGHTS}*"), *settings, *_code_files(source)):
         if file.is_file():
             (folder / file.name).symlink_to(file.resolve())
+
+
+def _code_files(folder: Path) -> set[Path]:
+    """The Python files in `folder` that its model is made of: those that config.json names, and what they import."""
+    auto_map = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("auto_map") or {}
+    modules = [str(reference).partition(".")[0] for reference in auto_map.values()]
+    found: set[Path] = set()
+    while modules:
+        file = folder / f"{modules.pop()}.py"
+        if file.parent == folder and file.is_file() and file not in found:
+            found.add(file)
+            modules += get_relative_imports(file)
+    return found
 
 
 def _save_weights(model: nn.Module, folder: Path, state_dict: Mapping[str, Tensor] | None) -> None:

@@ -203,7 +203,7 @@ def is_reranking(report: dict[str, Any]) -> bool:
     return any("reranked" in entry["details"] for entry in report.get("results", []))
 
 
-def write_card(card: Path, rows: list[Figures], columns: list[str], how: str) -> None:
+def write_scores(card: Path, rows: list[Figures], columns: list[str], how: str) -> None:
     """Put the scores of the checkpoint beside `card` there; `BenchmarkDataError` if they are not in the reports."""
     fingerprint = AutoRegEncoder.from_pretrained(card.parent, device="cpu").fingerprint
     own = {row.model for row in rows if row.fingerprint == fingerprint}
@@ -247,7 +247,7 @@ def main(
         sets = [name for name in columns if not name.startswith(SPEED)]
         how = commands(reports)
         if card is not None:
-            write_card(card, rows, columns, how)
+            write_scores(card, rows, columns, how)
     except (BenchmarkDataError, OSError, KeyError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(2) from None

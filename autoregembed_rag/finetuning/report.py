@@ -30,6 +30,7 @@ class FinetuneReport:
         losses: stage -> entries with "step" and "loss".
         seconds: that the last call took, all steps of it if it was not interrupted; the measurement of the plan is not
             in it.
+        fingerprint: of the trained encoder, which `after` is of; None: not recorded.
     """
 
     before: Scores
@@ -38,6 +39,7 @@ class FinetuneReport:
     plan: Plan
     losses: Mapping[str, Sequence[Mapping[str, Any]]]
     seconds: float
+    fingerprint: str | None = None
 
     @property
     def better(self) -> bool:
@@ -73,6 +75,7 @@ class FinetuneReport:
             {
                 "verdict": self.verdict,
                 "weights": weights_digest(folder),
+                "fingerprint": self.fingerprint,
                 "comparison": asdict(self.comparison),
                 "estimated_seconds": round(self.plan.seconds, 1),
                 "seconds": round(self.seconds, 1),
@@ -96,6 +99,7 @@ class FinetuneReport:
                 plan=Plan.from_facts(found["plan"]),
                 losses=found["losses"],
                 seconds=found["seconds"],
+                fingerprint=found.get("fingerprint"),
             )
         if sound_weights_digest(folder) != weights:
             raise ValueError(

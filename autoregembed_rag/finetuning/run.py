@@ -246,6 +246,7 @@ class _Run:
             plan=plan,
             losses={s.name: read_record(self._folder(s.name))["losses"] for s in plan.stages},
             seconds=time.monotonic() - started,
+            fingerprint=trained.fingerprint,
         )
         report.save(self.output)
         write_card(trained, self.output, read_history(self.output))

@@ -353,3 +353,14 @@ def test_the_card_says_what_was_found_how_it_was_trained_and_what_came_of_it(fin
     (result,) = ModelCard(card).data.eval_results
     assert result.metric_value == round(c.after, 4)
     assert str(tiny_checkpoint) not in card
+
+
+@pytest.mark.parametrize("change", [{"pooling": "mean"}, {"query_instruction": "Name the topic."}, {}])
+def test_scores_stay_in_a_card_while_the_encoder_is_the_one_that_was_measured(change, finished, tmp_path):
+    output, report, _ = finished
+    assert AutoRegEncoder.from_pretrained(output, device="cpu").fingerprint == report.fingerprint
+    AutoRegEncoder.from_pretrained(output, device="cpu", dtype="float32", **change).save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "| max_steps | 2 | 2 | 2 |" in card, "the weights were trained so, whatever the settings"
+    assert ("## Scores" in card) == (not change)
+    assert (ModelCard(card).data.eval_results is not None) == (not change)

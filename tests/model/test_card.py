@@ -122,9 +122,14 @@ def test_a_generated_card_is_replaced_and_a_written_or_changed_one_never(checkpo
     load(checkpoint, query_instruction="Name it.").save_pretrained(checkpoint)
     assert card.read_text() == changed
 
+    load(checkpoint).save_pretrained(checkpoint, card=False)
+    assert card.read_text() == changed
+
     card.unlink()
+    encoder.save_pretrained(checkpoint)
+    assert card.exists()
     encoder.save_pretrained(checkpoint, card=False)
-    assert not card.exists()
+    assert not card.exists(), "it said what was there before"
 
 
 RETRIEVAL = {

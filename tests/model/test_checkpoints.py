@@ -222,6 +222,17 @@ def test_a_trained_encoder_has_a_fingerprint_of_its_own(checkpoint: Path, tmp_pa
     assert load(tmp_path / "trained").fingerprint == encoder.fingerprint
 
 
+def test_weights_that_are_gone_have_no_fingerprint(checkpoint: Path, encoder: AutoRegEncoder):
+    known, unknown = load(checkpoint), load(checkpoint)
+    assert known.fingerprint == encoder.fingerprint
+    shutil.rmtree(checkpoint)
+    assert known.fingerprint == encoder.fingerprint
+    with pytest.raises(
+        FileNotFoundError, match=r"checkpoint holds no weights .* put model\*\.safetensors back"
+    ):
+        _ = unknown.fingerprint
+
+
 def test_saving_over_a_checkpoint_replaces_it(checkpoint: Path, tiny_base: Path):
     other = AutoRegEncoder.from_base(tiny_base, 3, device="cpu", dtype="float32")
     other.save_pretrained(checkpoint)

@@ -7,6 +7,8 @@ import logging
 import re
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 
 import huggingface_hub
@@ -19,6 +21,7 @@ from typer.testing import CliRunner
 
 from autoregembed_rag import AutoRegEncoder, FrozenDecoder
 from autoregembed_rag.cli import app
+from autoregembed_rag.cli_push import push
 
 TEXTS = ["A quick fox.", "Oranges and lemons."]
 REPO = "ann/tiny"
@@ -141,6 +144,31 @@ def test_a_second_push_leaves_nothing_of_the_first_that_would_be_read(checkpoint
     assert load(REPO).fingerprint == encoder.fingerprint
 
 
+def test_a_push_removes_no_file_that_no_save_writes(checkpoint: Path, hub: Hub):
+    encoder = load(checkpoint)
+    encoder.push_to_hub(REPO)
+    theirs = {
+        "adapter_x/notes.md": b"theirs",
+        "adapter_notes.md": b"theirs",
+        "decoder/README.md": b"theirs",
+        "model-big/model.safetensors": b"theirs",
+        "decoder/old/config.json": b"theirs",
+    }
+    stale = {
+        "special_tokens_map.json": b"{}",
+        "chat_template.jinja": b"x",
+        "adapter_config.json": b"{}",
+        "adapter_model.safetensors": b"x",
+        "decoder/model.safetensors.index.json": b"{}",
+        "decoder/added_tokens.json": b"{}",
+    }
+    hub.commit(REPO, "main", {**hub.files(REPO), **theirs, **stale})
+    encoder.push_to_hub(REPO)
+    assert not stale.keys() & hub.files(REPO).keys()
+    assert theirs.items() <= hub.files(REPO).items()
+    assert load(REPO).fingerprint == encoder.fingerprint
+
+
 def test_a_revision_is_a_branch_to_push_to_and_to_load_from(checkpoint: Path, hub: Hub):
     encoder = load(checkpoint)
     encoder.push_to_hub(REPO)
@@ -176,6 +204,30 @@ def test_a_private_repository_is_made_and_read_with_a_token(checkpoint: Path, hu
         load(REPO)
     assert load(REPO, token=TOKEN).dimension == 160
     assert FrozenDecoder.from_pretrained(REPO, device="cpu", token=TOKEN).hidden_size == 32
+
+
+def test_the_base_of_an_adapter_is_asked_for_with_the_token_and_not_at_its_revision(
+    tiny_base: Path, hub: Hub, tmp_path: Path, monkeypatch
+):
+    pytest.importorskip("peft")
+    from autoregembed_rag.training.lora import LoraArguments, lora_pair
+
+    live, _ = lora_pair(tiny_base, LoraArguments(rank=2), device="cpu", dtype="float32")
+    live.config = replace(live.config, decoder="ann/base")
+    live.save_pretrained(tmp_path / "adapter")
+    for repo, branch, folder in ((REPO, "second", tmp_path / "adapter"), ("ann/base", "main", tiny_base)):
+        hub.commit(repo, branch, {file.name: file.read_bytes() for file in folder.iterdir()})
+        hub.private.add(repo)
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(FileNotFoundError, match="over the base model 'ann/base', which cannot be loaded"):
+        load(tmp_path / "adapter")
+    encoder = load(REPO, revision="second", token=TOKEN)
+    np.testing.assert_allclose(encoder.encode(TEXTS), live.encode(TEXTS), atol=1e-5)
+    assert len(encoder.fingerprint) == 16
+    shutil.rmtree(tmp_path / "cache")
+    with pytest.raises(FileNotFoundError, match="names the decoder 'ann/base', which cannot be loaded"):
+        FrozenDecoder.for_encoder(encoder, device="cpu")
+    assert FrozenDecoder.for_encoder(encoder, device="cpu", token=TOKEN).hidden_size == 32
 
 
 def test_what_was_downloaded_loads_again_offline(checkpoint: Path, hub: Hub, monkeypatch):
@@ -288,7 +340,14 @@ def test_quantized_weights_are_refused(checkpoint: Path, hub: Hub):
     assert not hub.branches
 
 
-def test_the_command_pushes_with_what_the_card_is_to_say(checkpoint: Path, hub: Hub, tmp_path: Path):
+def test_the_command_has_every_option_of_the_method():
+    method = signature(AutoRegEncoder.push_to_hub).parameters.keys() - {"self"}
+    assert method <= signature(push).parameters.keys()
+
+
+def test_the_command_pushes_with_what_the_card_is_to_say(
+    checkpoint: Path, hub: Hub, tmp_path: Path, monkeypatch
+):
     arguments = ["push", str(checkpoint), REPO, "--license", "mit", "--language", "en,de", "--private"]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
@@ -301,6 +360,16 @@ def test_the_command_pushes_with_what_the_card_is_to_say(checkpoint: Path, hub: 
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 2
     assert "README.md is your own" in result.stderr
+    (tmp_path / "card.md").write_text("# another\n")
+    given = ["push", str(checkpoint), REPO, "--card", str(tmp_path / "card.md"), "--commit-message", "Again"]
+    monkeypatch.delenv("HF_TOKEN")
+    result = CliRunner().invoke(app, [*given, "--token", TOKEN])
+    assert result.exit_code == 0, result.output
+    assert (hub.files(REPO)["README.md"], hub.messages[-1]) == (b"# another\n", "Again")
+    result = CliRunner().invoke(app, [*given, "--token", TOKEN, "--license", "mit"])
+    assert result.exit_code == 2
+    assert "--license cannot change the card that --card gives" in result.stderr
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
     result = CliRunner().invoke(app, ["push", str(checkpoint), "bob/tiny"])
     assert result.exit_code == 2
     assert "error: you may not write to bob/tiny" in result.stderr

@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("mteb")
 
@@ -16,6 +17,7 @@ from mteb_tasks import DOCUMENTS, PAIRS, QUERIES, Finding, Likeness
 from scipy.stats import spearmanr
 from sentence_transformers import SentenceTransformer
 
+from autoregembed_rag import AutoRegEncoder
 from autoregembed_rag.mteb import AutoRegMteb
 
 
@@ -99,6 +101,24 @@ def test_results_are_kept_under_the_fingerprint(tiny_checkpoint, encoder):
     assert short.mteb_model_meta.embed_dim == 64
     with pytest.raises(ValueError, match=f"is revision {encoder.fingerprint}, not main"):
         AutoRegMteb(tiny_checkpoint, "main", device="cpu")
+
+
+def test_results_of_another_precision_are_kept_apart(tiny_checkpoint, encoder):
+    def revision(**settings) -> str:
+        return AutoRegMteb(tiny_checkpoint, device="cpu", **settings).mteb_model_meta.revision
+
+    assert revision(dtype="bfloat16") == f"{encoder.fingerprint}-bfloat16"
+    assert revision(dtype=torch.float32, num_tokens=2) == f"{encoder.fingerprint}-2-float32"
+    settings = {"load_arguments": {"quantize": "int8"}}
+    eighth = AutoRegEncoder(encoder.model, encoder.tokenizer, encoder.config, **settings)
+    assert AutoRegMteb(eighth).mteb_model_meta.revision.endswith("-int8")
+
+
+def test_the_folder_one_is_in_has_a_name_too(tiny_checkpoint, monkeypatch):
+    monkeypatch.chdir(tiny_checkpoint)
+    assert AutoRegMteb(".", device="cpu").mteb_model_meta.name == "autoregembed/tiny"
+    monkeypatch.chdir("decoder")
+    assert AutoRegMteb("..", device="cpu").mteb_model_meta.name == "autoregembed/tiny"
 
 
 def test_a_ready_encoder_is_taken_as_it_is(encoder):

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from autoregembed_rag import AutoRegEncoder
+from autoregembed_rag.card import is_generated
 
 pytest.importorskip("sentence_transformers")
 
@@ -100,6 +101,20 @@ def test_max_seq_length_is_max_length(tiny_checkpoint):
     assert_same(model.encode_query(TEXTS), load(tiny_checkpoint, max_length=60).encode_queries(TEXTS))
     with pytest.raises(ValueError, match="exceeds the 128 positions"):
         model.max_seq_length = 1000
+    assert model.max_seq_length == 60
+
+
+def test_max_seq_length_leaves_the_model_as_it_is(checkpoint):
+    """In training too, where dropout makes every pass another."""
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.5}))
+    model = open_model(checkpoint).train()
+    state = torch.get_rng_state()
+    model.max_seq_length = 60
+    assert torch.equal(torch.get_rng_state(), state), "nothing is drawn, for no pass is made"
+    assert all(module.training for module in model.modules())
+    with pytest.raises(ValueError, match="leaves no room for text within max_length=12"):
+        model.max_seq_length = 12
     assert model.max_seq_length == 60
 
 
@@ -203,6 +218,12 @@ def test_a_model_saved_by_the_library_is_a_whole_checkpoint(checkpoint, tmp_path
     again = open_model(tmp_path / "saved")
     np.testing.assert_array_equal(again.encode_query(TEXTS), model.encode_query(TEXTS))
     assert again.truncate_dim == 64
+    card = tmp_path / "saved" / "README.md"
+    assert is_generated(card), (
+        "what is said of the weights that were loaded is replaced, and not taken for somebody's"
+    )
+    encoder.save_pretrained(tmp_path / "saved")
+    assert encoder.fingerprint in card.read_text()
 
 
 def test_weights_are_never_pickled(model, tmp_path):

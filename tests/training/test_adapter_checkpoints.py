@@ -53,6 +53,17 @@ def test_a_saved_adapter_is_small_and_loads_merged(trained):
     assert FrozenDecoder.from_pretrained(folder, device="cpu").hidden_size == encoder.hidden_size
 
 
+def test_an_adapter_saved_over_a_whole_checkpoint_takes_its_generated_card_away(trained, tmp_path: Path):
+    encoder, folder = trained
+    load(folder).save_pretrained(tmp_path / "out")
+    assert (tmp_path / "out" / "README.md").exists()
+    encoder.save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out" / "README.md").exists()
+    (tmp_path / "out" / "README.md").write_text("mine")
+    encoder.save_pretrained(tmp_path / "out")
+    assert (tmp_path / "out" / "README.md").read_text() == "mine"
+
+
 def test_a_saved_adapter_opens_in_sentence_transformers(trained):
     library = pytest.importorskip("sentence_transformers")
     encoder, folder = trained
