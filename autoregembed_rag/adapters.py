@@ -1,4 +1,4 @@
-"""What every framework's embedding class needs; imports no PyTorch until an encoder is loaded."""
+"""What every framework's embedding class and reranker needs; imports no PyTorch until an encoder is loaded."""
 
 from __future__ import annotations
 
@@ -49,3 +49,27 @@ def load_encoder(model: object, settings: object) -> AutoRegEncoder:
         )
     encoder: AutoRegEncoder = model  # type: ignore[assignment]
     return encoder
+
+
+def name_of(model: object) -> str | None:
+    """A model as a dump of a framework's object holds it: its name or folder, None where none was given.
+
+    ValueError: it is loaded, and no text opens it again.
+    """
+    if model is None or isinstance(model, str):
+        return model
+    if isinstance(model, Path):
+        return str(model)
+    raise ValueError(
+        f"a ready {type(model).__name__} cannot be written down: give the model by name or folder, or pickle"
+    )
+
+
+def made_again(instance: Any) -> tuple[Any, ...]:  # noqa: ANN401
+    """For `__reduce__` of a framework's pydantic object: its class and the arguments that it was given, so that weights
+    are opened again by path, and what cannot be is an error."""
+    return _make, (type(instance), {name: getattr(instance, name) for name in instance.model_fields_set})
+
+
+def _make(kind: Any, arguments: dict[str, Any]) -> Any:  # noqa: ANN401
+    return kind(**arguments)

@@ -37,6 +37,14 @@ def explain(
         str | None, typer.Argument(metavar="TEXT", help="A text of your own.", show_default=False)
     ] = None,
     model: Annotated[str, typer.Option(help="A checkpoint: bundled name, folder or hub id.")] = "mini",
+    decoder: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="The language model that reads, by folder or hub id. Default: the one that the checkpoint names.",
+            show_default=False,
+        ),
+    ] = None,
     index: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="An index, for a vector stored there.", show_default=False),
@@ -59,15 +67,14 @@ def explain(
         # Before the model, which takes seconds to load: most errors are in the path.
         stored = None if index is None else _stored(index, doc_id or "")
 
-        from .decoder import FrozenDecoder
         from .encoder import AutoRegEncoder
 
         encoder = AutoRegEncoder.from_pretrained(model)
-        decoder = FrozenDecoder.for_encoder(encoder)
+        reader = _reader(decoder, encoder, model)
         if stored is None:
-            readings = _of_text(text or "", encoder, decoder, max_new_tokens)
+            readings = _of_text(text or "", encoder, reader, max_new_tokens)
         else:
-            readings = _of_stored(stored, encoder, decoder, max_new_tokens)
+            readings = _of_stored(stored, encoder, reader, max_new_tokens)
     if as_json:
         record = [
             {"what": what, "text": reading.text, "share": reading.share, **reading._asdict()}
@@ -75,7 +82,22 @@ def explain(
         ]
         typer.echo(json.dumps(record, indent=2, ensure_ascii=False))
     else:
-        typer.echo("\n\n".join(_shown(what, reading) for what, reading in readings.items()))
+        typer.echo("\n\n".join(_shown(what, reading, max_new_tokens) for what, reading in readings.items()))
+
+
+def _reader(decoder: str | None, encoder: AutoRegEncoder, model: str) -> FrozenDecoder:
+    from .decoder import FrozenDecoder
+
+    if decoder is not None:
+        return FrozenDecoder.from_pretrained(decoder)
+    if encoder.config.decoder is None:
+        raise ValueError(
+            f"{model} does not name its decoder: give --decoder the base language model that it was trained with"
+        )
+    try:
+        return FrozenDecoder.for_encoder(encoder)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}; or give --decoder") from error
 
 
 def _stored(folder: Path, doc_id: str) -> Stored:
@@ -111,13 +133,14 @@ def _of_stored(
     return {"the stored vector": read_back(decoder, states, [stored.text], max_new_tokens=most)[0]}
 
 
-def _shown(what: str, reading: Reading) -> str:
+def _shown(what: str, reading: Reading, most: int) -> str:
     pieces = " ".join(f"{' '.join(piece.split()) or '·'} {chance:.0%}," for piece, chance in reading.tokens)
     words = len(reading.recovered) + len(reading.lost)
+    beyond = f"; {len(reading.beyond)} more lie beyond the first {most} tokens, the most that is written"
     lines = [
         f"{what}: {' '.join(reading.text.split())!r}",
         f"sure of each piece: {pieces.rstrip(',')}",
-        f"content words: {len(reading.recovered)} of {words} ({reading.share:.0%})",
+        f"content words: {len(reading.recovered)} of {words} ({reading.share:.0%}){beyond if reading.beyond else ''}",
         f"kept: {_listed(reading.recovered)}",
         f"lost: {_listed(reading.lost)}",
     ]

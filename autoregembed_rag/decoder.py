@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -26,7 +26,7 @@ from .config import CONFIG_NAME, AutoRegConfig
 from .fingerprint import weights_digest
 from .loading import embedding_table, load_model, load_tokenizer, model_arguments, resolve_folder
 from .losses import wide
-from .prompt import TextTokenizer, check_texts, length_groups, pad_right
+from .prompt import TextTokenizer, check_texts, collect_cut, length_groups, pad_right
 
 if TYPE_CHECKING:
     from .encoder import AutoRegEncoder
@@ -37,12 +37,15 @@ logger = logging.getLogger(__name__)
 COMPRESSED_ROOM = 32
 # Target tokens whose activations exist at once, padding included: enough to keep a GPU busy.
 GROUP_TOKENS = 1024
+# What `generate` gives transformers' `generate` itself.
+OWN_ARGUMENTS = {"input_ids", "inputs_embeds", "attention_mask", "return_dict_in_generate"}
 
 
 class FrozenDecoder(torch.nn.Module):
     """A causal language model that never trains: eval mode whatever a trainer says, no gradient to its weights.
 
-    It reads `[e_1 .. e_k, embed(d_1) .. embed(d_T)]` and predicts `d_1 .. d_T, <eos>`.
+    It reads `[e_1 .. e_k, embed(d_1) .. embed(d_T)]` and predicts `d_1 .. d_T, <eos>`. Pickles by the folder it came
+    from.
     """
 
     def __init__(
@@ -80,7 +83,9 @@ class FrozenDecoder(torch.nn.Module):
         if frozen is None:
             self.model.requires_grad_(False).train(False)
         self.frozen = frozen or nullcontext
-        self._fingerprint: str | None = None
+        self._fingerprint = ""
+        self._digested: list[tuple[int, int]] | None = None
+        self._source: tuple[Path, dict[str, Any]] | None = None
         self.tokenizer = tokenizer
         self.max_target_tokens = max_target_tokens
         self._text = TextTokenizer(tokenizer)
@@ -110,7 +115,18 @@ class FrozenDecoder(torch.nn.Module):
         tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
         place, arguments = model_arguments(device, dtype, attn_implementation, trust_remote_code)
         lm = load_model(AutoModelForCausalLM, folder, arguments)
-        return cls(lm.to(place), tokenizer, max_target_tokens=max_target_tokens)  # type: ignore[arg-type]
+        decoder = cls(lm.to(place), tokenizer, max_target_tokens=max_target_tokens)  # type: ignore[arg-type]
+        decoder._source = (
+            folder,
+            {
+                "device": device,
+                "dtype": dtype,
+                "attn_implementation": attn_implementation,
+                "max_target_tokens": max_target_tokens,
+                "trust_remote_code": trust_remote_code,
+            },
+        )
+        return decoder
 
     @classmethod
     def for_encoder(
@@ -142,15 +158,23 @@ class FrozenDecoder(torch.nn.Module):
 
     @property
     def fingerprint(self) -> str:
-        """Names the weights, in the precision they are in: 16 hexadecimal digits."""
-        if self._fingerprint is None:
-            self._fingerprint = weights_digest(self.model)[:16]
+        """Names the weights as they are now, in the precision they are in: 16 hexadecimal digits."""
+        # Reading all weights takes seconds: torch counts the changes of each.
+        weights = self.model.state_dict(keep_vars=True).values()
+        changes = [(weight.data_ptr(), 0 if weight.is_inference() else weight._version) for weight in weights]
+        if changes != self._digested:
+            self._fingerprint, self._digested = weights_digest(self.model)[:16], changes
         return self._fingerprint
 
     def target_ids(self, targets: Sequence[str]) -> list[list[int]]:
         """Token ids of each target with `<eos>`, cut to `max_target_tokens` (then without)."""
         rows = self._text.encode(targets, limit=self.max_target_tokens)
         return [[*row, self._eos][: self.max_target_tokens] for row in rows]
+
+    def beginning(self, text: str, num_tokens: int) -> str:
+        """What the first `num_tokens` tokens of a text spell."""
+        (ids,) = self._text.encode([text], limit=num_tokens)
+        return text if len(ids) <= num_tokens else str(self.tokenizer.decode(ids[:num_tokens]))
 
     def check_target(self, text: str) -> None:
         """ValueError for a text that the tokenizer drops altogether."""
@@ -172,15 +196,19 @@ class FrozenDecoder(torch.nn.Module):
         """
 
         def log_probs(group: list[int], states: Tensor) -> Tensor:
-            hidden, ids, rows = self._predicting(states, [targets[i] for i in group])
-
-            def of_tokens(part: slice, of_part: Tensor) -> Tensor:
-                return -F.cross_entropy(wide(self._logits(of_part)), ids[part], reduction="none")
-
-            values = by_chunks(of_tokens, hidden)
+            values, rows = self._token_log_probs(states, [targets[i] for i in group])
             return values.new_zeros(len(group)).index_add(0, rows, values)
 
         return by_groups(log_probs, self._groups(targets), compressed)
+
+    def _token_log_probs(self, compressed: Tensor, targets: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """log p of every target token [m], and their targets [m]."""
+        hidden, ids, rows = self._predicting(compressed, targets)
+
+        def of_tokens(part: slice, of_part: Tensor) -> Tensor:
+            return -F.cross_entropy(wide(self._logits(of_part)), ids[part], reduction="none")
+
+        return by_chunks(of_tokens, hidden), rows
 
     def target_divergences(
         self,
@@ -227,12 +255,25 @@ class FrozenDecoder(torch.nn.Module):
     def _forward(self, compressed: Tensor, ids: Tensor) -> Tensor:
         """[n, k, hidden] and [n, longest] -> the states that predict each of `ids`, [n, longest, hidden]."""
         k = compressed.shape[1]
+        self._check_positions(k, ids.shape[1])
         with self.frozen():
             table = self.model.get_input_embeddings()
             # The last token of a target is predicted, never read.
             read = torch.cat([compressed.to(embedding_table(self.model).dtype), table(ids[:, :-1])], dim=1)
             hidden: Tensor = self.model.base_model(inputs_embeds=read, use_cache=False).last_hidden_state
             return hidden[:, k - 1 :]
+
+    def _check_positions(self, k: int, num_tokens: int) -> None:
+        """ValueError where a model that learned an embedding for each position has too few for so many tokens after k
+        vectors."""
+        longest = getattr(self.model.config, "max_position_embeddings", None)
+        needed = k + num_tokens - 1  # the last token is predicted, never read
+        if longest is not None and needed > longest and not hasattr(self.model.base_model, "rotary_emb"):
+            raise ValueError(
+                f"{k} compressed vectors and {num_tokens} tokens need {needed} positions, and "
+                f"{type(self.model).__name__} has {longest}: lower max_new_tokens or max_target_tokens, or compress "
+                "into fewer vectors"
+            )
 
     def _logits(self, hidden: Tensor) -> Tensor:
         head = self.model.get_output_embeddings()  # type: ignore[no-untyped-call]
@@ -272,9 +313,10 @@ class FrozenDecoder(torch.nn.Module):
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, not {batch_size}")
         ids = self.target_ids(targets)
-        if num_cut := sum(row[-1] != self._eos for row in ids):
+        cut = [text for text, row in zip(targets, ids, strict=True) if row[-1] != self._eos]
+        if cut and not collect_cut(cut):
             logger.warning(
-                "%d of %d targets were cut to %d tokens", num_cut, len(ids), self.max_target_tokens
+                "%d of %d targets were cut to %d tokens", len(cut), len(ids), self.max_target_tokens
             )
         out = np.empty(len(ids), dtype=np.float32)
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
@@ -298,6 +340,7 @@ class FrozenDecoder(torch.nn.Module):
         compressed: np.ndarray | Tensor,
         *,
         max_new_tokens: int = 64,
+        batch_size: int = 32,
         **arguments: Any,  # noqa: ANN401
     ) -> list[str]:
         """What the decoder says when it reads each e_c: greedy unless `arguments` of `generate` say otherwise.
@@ -305,54 +348,75 @@ class FrozenDecoder(torch.nn.Module):
         Args:
             compressed: e_c, [n, k, hidden], from `AutoRegEncoder.compress`.
             max_new_tokens: tokens at most for each text.
+            batch_size: texts that are written at once.
             arguments: passed to transformers' `generate`, e.g. `do_sample=True, temperature=0.7`.
-        """
-        said = self._write(compressed, max_new_tokens=max_new_tokens, **arguments)
-        return [] if said is None else self.tokenizer.batch_decode(said.sequences, skip_special_tokens=True)
 
+        Raises:
+            ValueError: an argument that is not the caller's; more tokens than the model has positions for.
+        """
+        if refused := sorted(OWN_ARGUMENTS & arguments.keys()):
+            raise ValueError(
+                f"leave {', '.join(refused)} out: generate reads `compressed` alone and returns texts; generate_tokens "
+                "has the probability of each token"
+            )
+        written = [
+            ids for _, rows in self._write(compressed, batch_size, max_new_tokens, arguments) for ids in rows
+        ]
+        return self.tokenizer.batch_decode(written, skip_special_tokens=True) if written else []
+
+    @torch.inference_mode()
     def generate_tokens(
-        self, compressed: np.ndarray | Tensor, *, max_new_tokens: int = 64
+        self, compressed: np.ndarray | Tensor, *, max_new_tokens: int = 64, batch_size: int = 32
     ) -> list[list[tuple[str, float]]]:
         """What the decoder says greedily, token by token: the characters that each adds, and the probability in [0, 1]
         that the decoder gave it.
 
         No two tokens follow each other twice, since small decoders go in circles. Special tokens are left out.
+        `max_new_tokens` and `batch_size` as in `generate`.
         """
-        said = self._write(
-            compressed,
-            max_new_tokens=max_new_tokens,
-            logits_processor=[NoRepeatNGramLogitsProcessor(2)],
-            output_logits=True,
-        )
-        if said is None:
-            return []
-        chances = torch.stack([wide(logits).softmax(dim=-1) for logits in said.logits], dim=1)
-        chosen = chances.gather(2, said.sequences[:, :, None])[:, :, 0]
-        return [
-            self._spelled(ids, chance)
-            for ids, chance in zip(said.sequences.tolist(), chosen.tolist(), strict=True)
-        ]
+        spelled = []
+        arguments = {"logits_processor": [NoRepeatNGramLogitsProcessor(2)]}
+        for states, rows in self._write(compressed, batch_size, max_new_tokens, arguments):
+            said = [row[: row.index(self._eos) + 1] if self._eos in row else row for row in rows]
+            # `generate` would keep the logits of every step, [n, vocabulary]: one more pass over all steps is cheap.
+            values, _ = self._token_log_probs(states, said)
+            chances = values.exp().split([len(ids) for ids in said])  # type: ignore[no-untyped-call]
+            spelled += [
+                self._spelled(ids, chance.tolist()) for ids, chance in zip(said, chances, strict=True)
+            ]
+        return spelled
 
     @torch.inference_mode()
-    def _write(self, compressed: np.ndarray | Tensor, **arguments: Any) -> Any:  # noqa: ANN401
-        """transformers' `generate` from e_c; None for no texts."""
+    def _write(
+        self,
+        compressed: np.ndarray | Tensor,
+        batch_size: int,
+        max_new_tokens: int,
+        arguments: Mapping[str, Any],
+    ) -> Iterator[tuple[Tensor, list[list[int]]]]:
+        """transformers' `generate`: some e_c at a time, and the token ids that it writes after each."""
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, not {batch_size}")
         states = self._states(compressed)
-        if len(states) == 0:
-            return None
+        self._check_positions(states.shape[1], max_new_tokens)
         pad = self.tokenizer.pad_token_id
         settings = {
             "do_sample": False,
-            "eos_token_id": self.tokenizer.eos_token_id,
-            "pad_token_id": self.tokenizer.eos_token_id if pad is None else pad,
+            "eos_token_id": self._eos,
+            "pad_token_id": self._eos if pad is None else pad,
+            "max_new_tokens": max_new_tokens,
             **arguments,
         }
-        with self.frozen():
-            return self.model.generate(  # type: ignore[operator]
-                inputs_embeds=states.to(embedding_table(self.model).dtype),
-                attention_mask=torch.ones(states.shape[:2], dtype=torch.long, device=states.device),
-                return_dict_in_generate=True,
-                **settings,
-            )
+        batches = states.split(batch_size) if len(states) else ()  # type: ignore[no-untyped-call]
+        for batch in batches:
+            with self.frozen():
+                written = self.model.generate(  # type: ignore[operator]
+                    inputs_embeds=batch.to(embedding_table(self.model).dtype),
+                    attention_mask=torch.ones(batch.shape[:2], dtype=torch.long, device=batch.device),
+                    return_dict_in_generate=False,
+                    **settings,
+                )
+            yield batch, written.tolist()
 
     def _spelled(self, ids: list[int], chances: list[float]) -> list[tuple[str, float]]:
         """What each token adds to the text; several that spell one character add it with the last."""
@@ -376,6 +440,14 @@ class FrozenDecoder(torch.nn.Module):
             )
         return states
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self._source is None:
+            raise TypeError(
+                "a decoder that FrozenDecoder.from_pretrained has not loaded cannot be pickled: save its model, and "
+                "load it from there"
+            )
+        return _reopen, self._source
+
     @torch.inference_mode()
     def _check_head(self) -> None:
         """Scores are taken from the head alone; a model that changes its logits afterwards would be misread."""
@@ -389,6 +461,10 @@ class FrozenDecoder(torch.nn.Module):
                 f"{type(self.model).__name__} changes its logits after the output embedding (soft-capping or "
                 "scaling), which FrozenDecoder does not support: use a Llama, Mistral, Qwen or GPT-2 style model"
             )
+
+
+def _reopen(source: Path, arguments: dict[str, Any]) -> FrozenDecoder:
+    return FrozenDecoder.from_pretrained(source, **arguments)
 
 
 def decoder_folder(model: str | Path, revision: str | None = None, token: str | bool | None = None) -> Path:

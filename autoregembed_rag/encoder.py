@@ -38,7 +38,7 @@ from .loading import (
 )
 from .passes import Passes
 from .pooling import check_num_tokens, first_tokens, pool
-from .prompt import PromptBuilder, Prompts, check_texts
+from .prompt import PromptBuilder, Prompts, check_texts, collect_cut
 from .weights import (
     checkpoint_config,
     grow_table,
@@ -415,9 +415,9 @@ class AutoRegEncoder:
                     out[places] = vectors
                     progress.update(len(places))
                 num_texts += sum(times[text] for text in chunk) if times else len(chunk)
-                num_cut += sum(
-                    times[chunk[i]] if times else 1 for i in {*chain(*(under.cut for under in prompts))}
-                )
+                cut = [chunk[i] for i in {*chain(*(under.cut for under in prompts))}]
+                if not collect_cut(cut):
+                    num_cut += sum(times[text] if times else 1 for text in cut)
                 assert out is not None  # noqa: S101  (no chunk is empty)
                 yield out
         if num_cut:
@@ -545,8 +545,14 @@ class AutoRegEncoder:
         """
         read_weights(self.trainable(), Path(folder))
 
+    @property
+    def quantize(self) -> str | None:
+        """In how many bits the weights are kept, as `from_pretrained` was told: "int8", or None for their dtype."""
+        kept: str | None = self._load_arguments.get("quantize")
+        return kept
+
     def _refuse_quantized(self) -> None:
-        if self._load_arguments.get("quantize"):
+        if self.quantize:
             raise ValueError(
                 "an encoder with quantized weights is neither trained nor saved nor pushed: load it without quantize"
             )

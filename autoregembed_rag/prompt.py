@@ -9,7 +9,9 @@ tokenizer under other threads' feet.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from copy import copy
 from itertools import chain
 from typing import Any, NamedTuple
@@ -26,6 +28,8 @@ CHARACTERS_PER_TOKEN = 32
 # The last tokens of a start cut off mid-word may differ from the whole text's: so many more are asked for.
 MARGIN = 16
 
+_cut: ContextVar[set[str] | None] = ContextVar("cut", default=None)
+
 
 def embed_tokens(k: int) -> list[str]:
     """The names of the compressed tokens: `<EMBED0>` ... `<EMBEDk-1>`."""
@@ -41,6 +45,26 @@ def check_texts(texts: Iterable[str], argument: str = "texts", first: int = 0) -
         if not isinstance(text, str):
             raise TypeError(f"{argument}[{index}] must be str, not {type(text).__name__}")
     return checked
+
+
+@contextmanager
+def collecting_cut() -> Iterator[set[str]]:
+    """Inside, every text that is cut is put into this set, and no step warns of its own: for a caller whose steps cut
+    the same texts and who warns once."""
+    found: set[str] = set()
+    before = _cut.set(found)
+    try:
+        yield found
+    finally:
+        _cut.reset(before)
+
+
+def collect_cut(texts: Iterable[str]) -> bool:
+    """Hand over texts that were cut; False: nobody collects them, so a warning is due."""
+    found = _cut.get()
+    if found is not None:
+        found.update(texts)
+    return found is not None
 
 
 class TextTokenizer:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .decoder import FrozenDecoder
+from .prompt import check_texts
 
 # English words that carry a sentence and not its content: as many as search engines commonly leave out.
 STOP_WORDS = frozenset(
@@ -27,11 +28,13 @@ class Reading(NamedTuple):
         tokens: what the decoder wrote, in pieces, each with the probability in [0, 1] that it gave it.
         recovered: the content words of the original that it wrote, each once, in the original's order.
         lost: those that it did not.
+        beyond: those that it did not, and hardly could: they come after as many tokens of the original as it may write.
     """
 
     tokens: list[tuple[str, float]]
     recovered: list[str]
     lost: list[str]
+    beyond: list[str]
 
     @property
     def text(self) -> str:
@@ -40,7 +43,7 @@ class Reading(NamedTuple):
 
     @property
     def share(self) -> float:
-        """Of the content words, how many were recovered; 1 where there are none."""
+        """Of the content words that were recovered or lost, how many were recovered; 1 where there are none."""
         words = len(self.recovered) + len(self.lost)
         return len(self.recovered) / words if words else 1.0
 
@@ -53,7 +56,12 @@ def content_words(text: str) -> list[str]:
 
 
 def read_back(
-    decoder: FrozenDecoder, compressed: np.ndarray, originals: Sequence[str], *, max_new_tokens: int = 64
+    decoder: FrozenDecoder,
+    compressed: np.ndarray,
+    originals: Sequence[str],
+    *,
+    max_new_tokens: int = 64,
+    batch_size: int = 32,
 ) -> list[Reading]:
     """Have the decoder write what vectors say, and compare it with what was compressed into them.
 
@@ -62,18 +70,29 @@ def read_back(
         compressed: e_c of n texts, [n, k, hidden].
         originals: the n texts.
         max_new_tokens: tokens at most for each.
+        batch_size: texts that are written at once.
+
+    Raises:
+        ValueError: not as many originals as compressed texts.
     """
+    originals = check_texts(originals, "originals")
+    if len(compressed) != len(originals):
+        raise ValueError(
+            f"{len(compressed)} compressed texts and {len(originals)} originals: give as many of each"
+        )
+    written = decoder.generate_tokens(compressed, max_new_tokens=max_new_tokens, batch_size=batch_size)
     readings = []
-    for original, tokens in zip(
-        originals, decoder.generate_tokens(compressed, max_new_tokens=max_new_tokens), strict=True
-    ):
+    for original, tokens in zip(originals, written, strict=True):
         said = {*content_words("".join(piece for piece, _ in tokens))}
+        within = {*content_words(decoder.beginning(original, max_new_tokens))}
         words = content_words(original)
+        missing = [word for word in words if word not in said]
         readings.append(
             Reading(
                 tokens,
                 [word for word in words if word in said],
-                [word for word in words if word not in said],
+                [word for word in missing if word in within],
+                [word for word in missing if word not in within],
             )
         )
     return readings

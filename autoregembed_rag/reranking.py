@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from numbers import Integral, Real
 from pathlib import Path
-from typing import Literal, Protocol, get_args
+from typing import Literal, Protocol, get_args, runtime_checkable
 
 import numpy as np
 
 from .decoder import FrozenDecoder
 from .encoder import AutoRegEncoder
-from .prompt import check_texts
+from .fingerprint import PROBE
+from .prompt import check_texts, collecting_cut
+
+logger = logging.getLogger(__name__)
 
 Prior = Literal["none", "document", "unconditional"]
 
@@ -20,6 +27,7 @@ RANK_CONSTANT = 60
 CHUNK = 2048
 
 
+@runtime_checkable
 class NumberCache(Protocol):
     """Keeps a number for a text under a name; `DocumentIndex` does so on disk."""
 
@@ -34,6 +42,18 @@ class NumberCache(Protocol):
         """Keep the number of each text."""
 
 
+def check_settings(prior: object, weight: object, batch_size: object, cache: object) -> None:
+    """ValueError, which says what would do, for what a `GenerativeReranker` cannot be made with."""
+    if prior not in get_args(Prior):
+        raise ValueError(f"prior must be one of {', '.join(get_args(Prior))}, not {prior!r}")
+    if weight is not None and not (isinstance(weight, Real) and 0 <= float(weight) < np.inf):
+        raise ValueError(f"weight must be a number of at least 0, or None, not {weight!r}")
+    if not isinstance(batch_size, Integral) or batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, not {batch_size!r}")
+    if cache is not None and not isinstance(cache, NumberCache):
+        raise ValueError(f"priors are kept in a DocumentIndex, or with None nowhere, not in {cache!r:.100}")
+
+
 class GenerativeReranker:
     """Scores documents by how likely the decoder is to write them when it reads the query under I_next.
 
@@ -45,7 +65,7 @@ class GenerativeReranker:
     tokens, or with `per_token=False` their sum.
 
     `rank` fuses the ranking by these scores with the order in which the documents come, which is a search's: only a
-    strong decoder ranks better alone.
+    strong decoder ranks better alone. Pickles by the folders that encoder and decoder came from.
     """
 
     def __init__(
@@ -72,12 +92,10 @@ class GenerativeReranker:
             cache: where priors are kept, such as the `DocumentIndex` that the documents are in.
 
         Raises:
-            ValueError: the decoder reads vectors of another width; `prior` is none of the three; `weight` is negative.
+            ValueError: the decoder reads vectors of another width; `prior` is none of the three; `weight` is negative;
+                `cache` keeps no numbers.
         """
-        if prior not in get_args(Prior):
-            raise ValueError(f"prior must be one of {', '.join(get_args(Prior))}, not {prior!r}")
-        if weight is not None and not 0 <= weight < np.inf:
-            raise ValueError(f"weight must be a number of at least 0, or None, not {weight}")
+        check_settings(prior, weight, batch_size, cache)
         if encoder.hidden_size != decoder.hidden_size:
             raise ValueError(
                 f"the encoder's vectors have {encoder.hidden_size} entries and the decoder reads "
@@ -114,8 +132,15 @@ class GenerativeReranker:
             prior, per_token, weight, batch_size, cache: see the constructor.
 
         Raises:
-            FileNotFoundError, ValueError: encoder or decoder cannot be loaded; the message says how to name one.
+            FileNotFoundError: encoder or decoder cannot be loaded; the message says how to name one.
+            ValueError: that, or an argument is wrong, which is said before anything is loaded.
         """
+        check_settings(prior, weight, batch_size, cache)
+        for name, value, kind in (("model", model, AutoRegEncoder), ("decoder", decoder, FrozenDecoder)):
+            if not isinstance(value, (str, Path, kind)) and (name, value) != ("decoder", None):
+                raise ValueError(
+                    f"{name} must be a name, a folder or a ready {kind.__name__}, not {type(value).__name__}"
+                )
         if not isinstance(model, AutoRegEncoder):
             model = AutoRegEncoder.from_pretrained(model, device=device, dtype=dtype)
         if decoder is None:
@@ -172,11 +197,12 @@ class GenerativeReranker:
 
         Args:
             query: encoded once, under I_next.
-            documents: n texts. What the decoder has no room for is cut, and a warning says of how many.
+            documents: n texts. What the models have no room for is cut, and one warning says of how many.
         """
         documents = check_texts(documents, "documents")
-        states = self.encoder.compress([query], "next")
-        return np.asarray(self._log_prob(states, documents) - self.priors(documents))
+        with self._one_warning(documents, query):
+            states = self.encoder.compress([query], "next")
+            return np.asarray(self._log_prob(states, documents) - self._priors(documents, False))
 
     def priors(self, documents: Sequence[str], *, show_progress: bool = False) -> np.ndarray:
         """What each document's score is measured against, float32 [n]; it depends on no query.
@@ -185,11 +211,19 @@ class GenerativeReranker:
         call this once with all documents of an index to have none computed while someone waits for an answer.
         """
         documents = check_texts(documents, "documents")
+        with self._one_warning(documents):
+            return self._priors(documents, show_progress)
+
+    def kept_priors(self, documents: Sequence[str]) -> np.ndarray:
+        """Those priors that need not be computed, float32 [n], NaN for the others."""
         if self.prior == "none":
             return np.zeros(len(documents), dtype=np.float32)
-        found = np.full(len(documents), np.nan, dtype=np.float32)
-        if self.cache is not None:
-            found = self.cache.cached(self._prior_name, documents)
+        if self.cache is None:
+            return np.full(len(documents), np.nan, dtype=np.float32)
+        return self.cache.cached(self._prior_name, documents)
+
+    def _priors(self, documents: list[str], show_progress: bool) -> np.ndarray:
+        found = self.kept_priors(documents)
         missing = np.flatnonzero(np.isnan(found))
         for start in range(0, len(missing), CHUNK):
             places = missing[start : start + CHUNK]
@@ -222,12 +256,32 @@ class GenerativeReranker:
             )
         return found
 
+    @contextmanager
+    def _one_warning(self, documents: Sequence[str], query: str | None = None) -> Iterator[None]:
+        """Say once what was cut inside, where several steps cut the same documents."""
+        with collecting_cut() as cut:
+            yield
+        if cut:
+            logger.warning(
+                "%d of %d documents%s were cut (the encoder takes %d tokens, the decoder %d): split long texts",
+                sum(document in cut for document in documents),
+                len(documents),
+                " and the query" if query in cut else "",
+                self.encoder.max_text_tokens,
+                self.decoder.max_target_tokens,
+            )
+
     @property
     def _prior_name(self) -> str:
         """All that decides a prior."""
         scale = "per token" if self.per_token else "in sum"
-        conditions = self.encoder.fingerprint if self.prior == "document" else "nothing"
+        encoder, decoder = self.encoder, self.decoder
+        conditions = "nothing"
+        if self.prior == "document":
+            conditions = f"{encoder.fingerprint} in {encoder.model.dtype}, quantized {encoder.quantize}"
+        tokens = decoder.tokenizer.bos_token_id, decoder.tokenizer.eos_token_id, decoder.target_ids([PROBE])
+        tokenizer = hashlib.sha256(repr(tokens).encode()).hexdigest()[:16]
         return (
-            f"log p given {conditions}, {scale}, by {self.decoder.fingerprint}, "
-            f"at most {self.decoder.max_target_tokens} tokens"
+            f"log p given {conditions}, {scale}, by {decoder.fingerprint} over tokens {tokenizer}, "
+            f"at most {decoder.max_target_tokens} tokens"
         )

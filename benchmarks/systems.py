@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import bm25s
+import numpy as np
 import Stemmer
 from tqdm import tqdm
 
@@ -150,8 +151,6 @@ class Dense:
 class Reranked:
     """The best `depth` documents of another system, ranked anew by an encoder's decoder; the rest come after them."""
 
-    resumed_at = 0
-
     def __init__(self, dense: Dense, depth: int, reranker: GenerativeReranker) -> None:
         """`dense` has its documents already."""
         self.name = f"{dense.name}, {depth} reranked"
@@ -159,13 +158,18 @@ class Reranked:
         self._depth = depth
         self._reranker = reranker
         reranker.cache = dense.documents
+        self.resumed_at = 0
 
     def index(self, documents: Documents) -> None:
         """Compute what does not depend on a query; the index keeps it."""
         rest = iter(documents)
+        resumes = self._dense.resumed_at > 0  # else a prior that is there is of the same text, met before
         with tqdm(total=len(documents), desc=f"{self.name}: priors", unit="doc") as progress:
             while chunk := list(islice(rest, DOCUMENTS_PER_CHUNK)):
-                self._reranker.priors([document.content for document in chunk])
+                texts = [document.content for document in chunk]
+                if resumes:
+                    self.resumed_at += int(np.isfinite(self._reranker.kept_priors(texts)).sum())
+                self._reranker.priors(texts)
                 progress.update(len(chunk))
 
     def search(self, queries: Sequence[str], k: int) -> list[Ranking]:

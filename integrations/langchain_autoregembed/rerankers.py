@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from langchain_core.callbacks import Callbacks
 from langchain_core.documents import BaseDocumentCompressor, Document
-from pydantic import ConfigDict, Field, PrivateAttr
+from pydantic import ConfigDict, Field, PrivateAttr, field_serializer
+
+from autoregembed_rag.adapters import made_again, name_of
 
 if TYPE_CHECKING:
     from autoregembed_rag.reranking import GenerativeReranker
@@ -26,8 +28,12 @@ class AutoRegReranker(BaseDocumentCompressor):
     score in nats. The query is encoded once, documents go through the decoder in batches. With `index`, what
     does not depend on the query is kept there.
 
+    Pickles hold the arguments: models are opened again by path, and the index to read. Dumps (`model_dump`) hold the
+    names of models, not the index, and are refused where a ready encoder or decoder was given.
+
     Raises:
-        FileNotFoundError, ValueError: the model cannot be loaded, or its decoder; the message says how to name one.
+        FileNotFoundError: the model cannot be loaded, or its decoder; the message says how to name one.
+        ValueError: that, or an argument that is wrong, which is said before anything is loaded.
     """
 
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
@@ -62,10 +68,20 @@ class AutoRegReranker(BaseDocumentCompressor):
     )
     batch_size: int = Field(frozen=True, default=32, ge=1, description="Documents per forward pass.")
     index: Any = Field(
-        frozen=True, default=None, description="The DocumentIndex where priors are kept; None: nowhere."
+        frozen=True,
+        default=None,
+        exclude=True,
+        description="The DocumentIndex where priors are kept; None: nowhere.",
     )
 
     _reranker: GenerativeReranker = PrivateAttr()
+
+    @field_serializer("model", "decoder")
+    def _model_as_text(self, model: Any) -> str | None:
+        return name_of(model)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return made_again(self)
 
     def model_post_init(self, _context: Any, /) -> None:
         """Load encoder and decoder."""

@@ -241,6 +241,35 @@ def test_retrieval_ranks_the_best_anew_by_the_decoder(beir_folder, tiny_checkpoi
     assert bm25["system"] == "BM25"
 
 
+@pytest.mark.parametrize("kept", [0, 6, 12])
+def test_a_killed_run_counts_only_the_priors_that_it_computes(
+    kept, beir_folder, tiny_checkpoint, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(systems, "DOCUMENTS_PER_CHUNK", 3)
+    arguments = ["--data-dir", beir_folder, "--model", tiny_checkpoint, "--rerank", 12, "--out", tmp_path]
+    with monkeypatch.context() as patch:
+        add, done = DocumentIndex.cache, []
+
+        def caching(self, name, texts, numbers):
+            if len(done) == kept:
+                raise Killed
+            done.extend(texts)
+            add(self, name, texts, numbers)
+
+        def ranking(*_, **__):
+            raise Killed
+
+        patch.setattr(DocumentIndex, "cache", caching)
+        patch.setattr(GenerativeReranker, "rank", ranking)
+        with pytest.raises(Killed):
+            run(retrieval.app, *arguments)
+    result = run(retrieval.app, *arguments)
+    assert result.exit_code == 0, result.output
+    _, anew, _ = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))["results"]
+    assert anew["details"].get("resumed_at", 0) == kept
+    assert (anew["documents_per_second"] is None) == (kept == 12)
+
+
 def test_retrieval_says_before_it_begins_that_a_decoder_is_missing(beir_folder, tiny_base, tmp_path):
     from autoregembed_rag import AutoRegEncoder
 
@@ -262,6 +291,11 @@ def test_every_way_to_rerank_is_measured(beir_folder, tiny_checkpoint, tmp_path)
     rows = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))["results"]
     assert len(rows) == 1 + 3 * 2 * (1 + len(reranking.WEIGHTS))
     assert len({row["measures"]["nDCG@10"] for row in rows}) > 1
+    assert {*rows[0]["measures"]} == {"nDCG@10", "MRR@10"}
+    assert "Recall" not in result.output
+    assert run(reranking.app, *arguments[:-1], 100, "--out", tmp_path).exit_code == 0
+    rows = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))["results"]
+    assert {row["measures"]["Recall@100"] for row in rows} == {1}, "all documents are found"
 
 
 def test_the_ways_are_those_of_the_reranker(encoder, decoder, beir_folder):

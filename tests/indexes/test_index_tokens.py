@@ -278,6 +278,18 @@ def test_a_damaged_copy_is_named_and_made_again(tmp_path, caplog):
         assert index.verify() == []
 
 
+@pytest.mark.parametrize("factory", KINDS)
+def test_vectors_whose_first_tokens_are_zeros_are_sound(tmp_path, factory):
+    with DocumentIndex.create(tmp_path / "index", tokens=TOKENS, factory=factory) as index:
+        fill(index, range(1500))
+        silent = VECTORS[:60].copy()
+        silent[:, : 2 * WIDTH] = 0
+        index.add(silent, ["silent"] * 60, [f"silent {i}" for i in range(60)])
+        for number in (1, 2, 3):
+            index.snapshot(num_tokens=number)
+        assert index.verify() == []
+
+
 def test_hybrid_and_mmr_take_their_nearest_from_such_a_search():
     with DocumentIndex.create(tokens=TOKENS) as index:
         fill(index, range(1500))

@@ -130,6 +130,12 @@ def test_a_pickle_is_small_and_an_encoder_in_it_survives(embedding, encoder):
     assert twin.fingerprint == encoder.fingerprint
 
 
+def test_an_encoder_that_cannot_be_opened_again_is_not_replaced_by_another(tiny_base):
+    unsaved = AutoRegEncoder.from_base(tiny_base, device="cpu")
+    with pytest.raises(TypeError, match="an encoder that was never saved cannot be pickled"):
+        pickle.dumps(AutoRegEmbedding(model=unsaved))
+
+
 def test_the_cache_of_a_pipeline_keeps_encoders_apart(tiny_checkpoint, make_checkpoint, tmp_path):
     other = make_checkpoint(tmp_path / "k3", 3)
     cache, document = IngestionCache(), Document(text="cached text", id_="1")

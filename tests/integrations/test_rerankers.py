@@ -1,6 +1,9 @@
 """The rerankers of LangChain and LlamaIndex: order, scores, limits, and real use in a retriever and a query engine."""
 
 import asyncio
+import copy
+import json
+import pickle
 
 import numpy as np
 import pytest
@@ -10,10 +13,12 @@ pytest.importorskip("llama_index.core")
 pytest.importorskip("faiss")
 
 from langchain_core.documents import Document
+from langchain_core.load import dumps
 from llama_index.core.postprocessor.types import BaseNodePostprocessor
 from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle, TextNode
 
-from autoregembed_rag import GenerativeReranker
+from autoregembed_indexes import DocumentIndex
+from autoregembed_rag import AutoRegEncoder, GenerativeReranker
 from langchain_autoregembed import AutoRegEmbeddings, AutoRegReranker, AutoRegVectorStore
 from llama_index.postprocessor.autoregembed_rerank import AutoRegRerank
 
@@ -98,6 +103,73 @@ def test_options_that_do_not_exist_are_refused(encoder, decoder):
             kind(model=encoder, decoder=decoder, top_n=0)
         with pytest.raises(ValueError, match="frozen"):
             kind(model=encoder, decoder=decoder).weight = 1
+
+
+@pytest.mark.parametrize("kind", [AutoRegReranker, AutoRegRerank])
+@pytest.mark.parametrize("wrong", [{"prior": "self"}, {"weight": -1}, {"index": "folder"}, {"model": 3}])
+def test_a_wrong_value_is_an_error_before_a_model_is_loaded(kind, wrong, monkeypatch):
+    monkeypatch.setattr(AutoRegEncoder, "from_pretrained", None)  # whoever calls it fails
+    with pytest.raises(ValueError, match=next(iter(wrong)) if "index" not in wrong else "DocumentIndex"):
+        kind(**wrong)
+
+
+def ranks(reranker):
+    texts = [*TEXTS[:2], *TEXTS[3:]]
+    if isinstance(reranker, AutoRegReranker):
+        found = reranker.compress_documents([Document(page_content=text) for text in texts], QUERY)
+        return [(document.page_content, document.metadata["relevance_score"]) for document in found]
+    found = reranker.postprocess_nodes(
+        [NodeWithScore(node=TextNode(text=text)) for text in texts], None, QUERY
+    )
+    return [(node.node.get_content(), node.score) for node in found]
+
+
+@pytest.mark.parametrize("kind", [AutoRegReranker, AutoRegRerank])
+def test_dumps_and_pickles_hold_arguments_and_rank_the_same(kind, tiny_checkpoint, tmp_path):
+    with DocumentIndex.create(tmp_path / "index") as index:
+        options = {"device": "cpu", "dtype": "float32", "prior": "document", "weight": 2.5, "top_n": 2}
+        reranker = kind(model=tiny_checkpoint, index=index, **options)
+        expected = ranks(reranker)
+        for dumped in (reranker.model_dump(), json.loads(reranker.model_dump_json())):
+            assert {name: dumped[name] for name in options} == options
+            assert (dumped["model"], dumped["decoder"]) == (str(tiny_checkpoint), None)
+            assert "index" not in dumped
+            assert ranks(kind(**{name: dumped[name] for name in ("model", *options)})) == expected
+        pickled = pickle.dumps(reranker)
+        assert len(pickled) < 2_000
+        assert copy.deepcopy(reranker).top_n == copy.copy(reranker).top_n == 2
+    twin = pickle.loads(pickled)  # noqa: S301
+    assert ranks(twin) == expected
+    assert twin.index.path == index.path
+    assert twin.index.read_only
+
+
+def test_each_framework_writes_its_reranker_in_its_own_way(tiny_checkpoint):
+    options = {"model": tiny_checkpoint, "device": "cpu", "dtype": "float32", "top_n": 1}
+    reranker = AutoRegRerank(**options)
+    for twin in (
+        AutoRegRerank.from_dict(reranker.to_dict()),
+        AutoRegRerank.from_json(reranker.to_json()),
+    ):
+        assert ranks(twin) == ranks(reranker)
+    written = json.loads(dumps(AutoRegReranker(**options)))
+    assert written["id"] == ["langchain_autoregembed", "rerankers", "AutoRegReranker"]
+
+
+@pytest.mark.parametrize("kind", [AutoRegReranker, AutoRegRerank])
+def test_ready_models_are_opened_again_by_path_or_named_in_an_error(kind, encoder, decoder, tiny_base):
+    reranker = kind(model=encoder, decoder=decoder)
+    pickled = pickle.dumps(reranker)
+    assert len(pickled) < 3_000
+    assert ranks(pickle.loads(pickled)) == ranks(reranker)  # noqa: S301
+    for dump in (kind.model_dump, kind.model_dump_json):
+        with pytest.raises(
+            ValueError, match="a ready AutoRegEncoder cannot be written down: give the model by name"
+        ):
+            dump(reranker)
+    unsaved = AutoRegEncoder.from_base(tiny_base, device="cpu", dtype="float32")
+    with pytest.raises(TypeError, match="an encoder that was never saved cannot be pickled"):
+        pickle.dumps(kind(model=unsaved, decoder=decoder))
 
 
 def test_the_index_keeps_priors_for_both_frameworks(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import pickle
 from itertools import pairwise
 from pathlib import Path
 
@@ -95,6 +96,81 @@ def test_generated_tokens_carry_the_probability_they_had(kin):
             assert tokens[0][1] == pytest.approx(chances.max().item(), rel=1e-4)
         assert all(0 < chance <= 1 for _, chance in tokens)
     assert kin.decoder.generate_tokens(compressed[:0]) == []
+
+
+def test_the_same_is_written_however_many_texts_at_once(kin, monkeypatch):
+    compressed = kin.encoder.compress(TEXTS, "self")
+    texts = kin.decoder.generate(compressed, max_new_tokens=6)
+    tokens = kin.decoder.generate_tokens(compressed, max_new_tokens=6)
+    rows, generate = [], kin.decoder.model.generate
+
+    def counting(*, inputs_embeds, **settings):
+        rows.append(len(inputs_embeds))
+        return generate(inputs_embeds=inputs_embeds, **settings)
+
+    monkeypatch.setattr(kin.decoder.model, "generate", counting)
+    assert kin.decoder.generate(compressed, max_new_tokens=6, batch_size=3) == texts
+    found = kin.decoder.generate_tokens(compressed, max_new_tokens=6, batch_size=3)
+    assert rows == [3, 1, 3, 1]
+    for one, other in zip(found, tokens, strict=True):
+        assert [piece for piece, _ in one] == [piece for piece, _ in other]
+        np.testing.assert_allclose([chance for _, chance in one], [chance for _, chance in other], rtol=1e-3)
+
+
+def test_several_texts_can_be_drawn_for_each_vector(decoder: FrozenDecoder, encoder: AutoRegEncoder):
+    compressed = encoder.compress(TEXTS[:2])
+    drawn = {"do_sample": True, "num_return_sequences": 3, "max_new_tokens": 2, "batch_size": 1}
+    assert len(decoder.generate(compressed, **drawn)) == 6
+
+
+def test_positions_that_a_model_has_not_learned_are_refused(kin):
+    states = kin.encoder.compress(TEXTS[:1])
+    most = 128 - states.shape[1] + 1
+    many = np.repeat(states, 96, axis=1)[:, :96]
+    target = ["the lazy dog " * 200]
+    assert len(kin.decoder.generate(states, max_new_tokens=most, min_new_tokens=most)) == 1
+    assert len(kin.decoder.generate_tokens(states, max_new_tokens=most)) == 1
+    if hasattr(kin.decoder.model.base_model, "rotary_emb"):
+        assert np.isfinite(kin.decoder.log_prob(many, target)).all()
+        return
+    model = type(kin.decoder.model).__name__
+    for write in (kin.decoder.generate, kin.decoder.generate_tokens):
+        with pytest.raises(
+            ValueError, match=f"need 129 positions, and {model} has 128: lower max_new_tokens"
+        ):
+            write(states, max_new_tokens=most + 1)
+    with pytest.raises(ValueError, match="96 compressed vectors and 40 tokens need 135 positions"):
+        kin.decoder.log_prob(many, target)
+    assert np.isfinite(kin.decoder.log_prob(many, ["fox"])).all()
+
+
+def test_a_pickle_opens_the_folder_again(decoder: FrozenDecoder, encoder: AutoRegEncoder):
+    pickled = pickle.dumps(decoder)
+    assert len(pickled) < 2_000
+    twin = pickle.loads(pickled)  # noqa: S301
+    assert twin.fingerprint == decoder.fingerprint
+    states = encoder.compress(TEXTS)
+    np.testing.assert_array_equal(twin.log_prob(states, TARGETS), decoder.log_prob(states, TARGETS))
+    with pytest.raises(TypeError, match="has not loaded cannot be pickled: save its model"):
+        pickle.dumps(FrozenDecoder(decoder.model, decoder.tokenizer))
+
+
+def test_the_fingerprint_is_that_of_the_weights_as_they_are_now(tiny_base: Path, monkeypatch):
+    decoder = FrozenDecoder.from_pretrained(tiny_base, device="cpu", dtype="float32")
+    before = decoder.fingerprint
+    weight = decoder.model.get_input_embeddings().weight
+    with torch.no_grad():
+        weight.mul_(2)
+    changed = decoder.fingerprint
+    assert changed != before
+    with monkeypatch.context() as patch:
+        patch.setattr(decoder_module, "weights_digest", None)  # whoever calls it fails
+        assert decoder.fingerprint == changed
+    with torch.no_grad():
+        weight.div_(2)
+    assert decoder.fingerprint == before
+    decoder.model.half()
+    assert decoder.fingerprint not in (before, changed)
 
 
 def test_batch_composition_changes_no_score(kin):
@@ -344,6 +420,11 @@ def test_bad_arguments_are_named(decoder: FrozenDecoder):
         decoder.log_prob(states, "ab")
     with pytest.raises(ValueError, match="batch_size must be at least 1"):
         decoder.log_prob(states, ["a", "b"], batch_size=0)
+    for write in (decoder.generate, decoder.generate_tokens):
+        with pytest.raises(ValueError, match="batch_size must be at least 1, not 0"):
+            write(states, batch_size=0)
+    with pytest.raises(ValueError, match="leave attention_mask, return_dict_in_generate out"):
+        decoder.generate(states, return_dict_in_generate=True, attention_mask=None)
 
 
 def test_a_tokenizer_without_eos_is_refused():

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import pickle
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from autoregembed_rag import AutoRegEncoder, FrozenDecoder, GenerativeReranker, reranking
 
@@ -96,7 +98,26 @@ def test_documents_longer_than_the_context_are_cut_and_reported(make, caplog):
     with caplog.at_level(logging.WARNING, "autoregembed_rag"):
         found = make(prior="none").scores(QUERY, ["fox " * 3000, "fox"])
     assert np.isfinite(found).all()
-    assert "1 of 2 targets were cut to" in caplog.text
+    assert "1 of 2 documents were cut" in caplog.text
+
+
+@pytest.mark.parametrize("prior", ["document", "unconditional"])
+def test_one_warning_counts_what_is_cut_however_many_steps_cut_it(make, prior, caplog, monkeypatch):
+    monkeypatch.setattr(reranking, "CHUNK", 1)
+    documents = ["fox " * 3000, "fox", "dog " * 3000]
+    with caplog.at_level(logging.WARNING, "autoregembed_rag"):
+        make(prior=prior).rank("who? " * 3000, documents)
+        make(prior=prior).priors(documents)
+        make(prior=prior).rank(QUERY, documents[1:2])
+    messages = [record.message for record in caplog.records]
+    assert [message.partition(" (")[0] for message in messages] == [
+        "2 of 3 documents and the query were cut",
+        "2 of 3 documents were cut",
+    ]
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "autoregembed_rag"):
+        make().encoder.compress(documents)
+    assert "2 of 3 texts were cut to" in caplog.text, "without a reranker each step warns as before"
 
 
 @pytest.mark.parametrize("prior", ["document", "unconditional"])
@@ -117,6 +138,63 @@ def test_priors_of_other_settings_are_other_priors(make):
         for per_token in (True, False):
             make(prior=prior, per_token=per_token, cache=notes).priors(["fox"])
     assert len({*notes.kept.values()}) == len(notes.kept) == 4
+
+
+def test_whatever_changes_a_prior_changes_the_name_under_which_it_is_kept(
+    tiny_checkpoint, encoder, tiny_base, monkeypatch
+):
+    decoder = FrozenDecoder.from_pretrained(tiny_base, device="cpu", dtype="float32")
+    half = AutoRegEncoder.from_pretrained(tiny_checkpoint, device="cpu", dtype="bfloat16")
+    assert half.fingerprint == encoder.fingerprint
+    notes = Notes()
+
+    def names(with_encoder=encoder) -> int:
+        GenerativeReranker(with_encoder, decoder, prior="document", cache=notes).priors(["fox"])
+        GenerativeReranker(with_encoder, decoder, prior="unconditional", cache=notes).priors(["fox"])
+        return len(notes.kept)
+
+    assert names() == names() == 2
+    assert names(half) == 3, "the encoder's precision decides the prior of a document given itself alone"
+    monkeypatch.setattr(encoder, "_load_arguments", {**encoder._load_arguments, "quantize": "int8"})
+    assert names() == 4
+    monkeypatch.undo()
+    decoder.tokenizer.bos_token = "fox"  # noqa: S105
+    assert names() == 6
+    decoder.tokenizer.eos_token = decoder.tokenizer.pad_token
+    assert names() == 8
+    monkeypatch.setattr(decoder, "max_target_tokens", 7)
+    assert names() == 10
+    with torch.no_grad():
+        decoder.model.get_input_embeddings().weight.mul_(1.5)
+    assert names() == 12
+
+
+def test_a_pickle_opens_encoder_and_decoder_again(make, monkeypatch):
+    reranker = make(prior="document", per_token=False, weight=None)
+    pickled = pickle.dumps(reranker)
+    assert len(pickled) < 3_000
+    twin = pickle.loads(pickled)  # noqa: S301
+    assert twin.rank(QUERY, DOCUMENTS) == reranker.rank(QUERY, DOCUMENTS)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"prior": "self"}, "prior must be one of none, document, unconditional, not 'self'"),
+        ({"weight": "much"}, "weight must be a number of at least 0, or None, not 'much'"),
+        ({"weight": -1}, "weight must be a number of at least 0"),
+        ({"batch_size": 0}, "batch_size must be at least 1, not 0"),
+        ({"cache": "index"}, "priors are kept in a DocumentIndex, or with None nowhere, not in 'index'"),
+        ({"model": 3}, "model must be a name, a folder or a ready AutoRegEncoder, not int"),
+        ({"model": None}, "model must be a name, a folder or a ready AutoRegEncoder, not NoneType"),
+        ({"decoder": 3}, "decoder must be a name, a folder or a ready FrozenDecoder, not int"),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_is_loaded(wrong, message, monkeypatch):
+    monkeypatch.setattr(AutoRegEncoder, "from_pretrained", None)  # whoever calls it fails
+    monkeypatch.setattr(FrozenDecoder, "from_pretrained", None)
+    with pytest.raises(ValueError, match=message):
+        GenerativeReranker.from_pretrained(**{"model": "mini", **wrong})
 
 
 def test_a_cache_that_is_read_only_is_left_alone(make):

@@ -15,7 +15,7 @@ from llama_index.core.bridge.pydantic import (
     field_validator,
 )
 
-from autoregembed_rag.adapters import load_encoder
+from autoregembed_rag.adapters import load_encoder, made_again
 
 if TYPE_CHECKING:
     from autoregembed_rag import AutoRegEncoder
@@ -103,6 +103,10 @@ class AutoRegEmbedding(BaseEmbedding):
     def _name_with_weights(self, name: str) -> str:
         # The cache of an IngestionPipeline goes by the dumped fields, which must change with the weights.
         return f"{name} {self.fingerprint}"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The base class drops what does not pickle, and an unsaved encoder came back as the default model.
+        return made_again(self)
 
     def model_post_init(self, _context: Any, /) -> None:
         """Load the encoder."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from llama_index.core.bridge.pydantic import ConfigDict, Field, PrivateAttr
+from llama_index.core.bridge.pydantic import ConfigDict, Field, PrivateAttr, field_serializer
 from llama_index.core.callbacks import CBEventType, EventPayload
 from llama_index.core.postprocessor.types import BaseNodePostprocessor
 from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle
+
+from autoregembed_rag.adapters import made_again, name_of
 
 if TYPE_CHECKING:
     from autoregembed_rag.reranking import GenerativeReranker
@@ -25,8 +27,12 @@ class AutoRegRerank(BaseNodePostprocessor):
     the decoder in batches, each with the metadata that LlamaIndex would embed. With `index`, a `DocumentIndex` such as
     `AutoRegVectorStore(...).client`, what does not depend on the query is kept there.
 
+    Pickles hold the arguments: models are opened again by path, and the index to read. Dumps (`to_dict`, `to_json`)
+    hold the names of models, not the index, and are refused where a ready encoder or decoder was given.
+
     Raises:
-        FileNotFoundError, ValueError: the model cannot be loaded, or its decoder; the message says how to name one.
+        FileNotFoundError: the model cannot be loaded, or its decoder; the message says how to name one.
+        ValueError: that, or an argument that is wrong, which is said before anything is loaded.
     """
 
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
@@ -70,6 +76,13 @@ class AutoRegRerank(BaseNodePostprocessor):
     )
 
     _reranker: GenerativeReranker = PrivateAttr()
+
+    @field_serializer("model", "decoder")
+    def _model_as_text(self, model: Any) -> str | None:
+        return name_of(model)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return made_again(self)
 
     @classmethod
     def class_name(cls) -> str:
