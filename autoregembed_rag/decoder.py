@@ -22,9 +22,15 @@ from transformers import (
 )
 
 from .chunked import by_chunks, by_groups
-from .config import CONFIG_NAME, AutoRegConfig
 from .fingerprint import weights_digest
-from .loading import embedding_table, load_model, load_tokenizer, model_arguments, resolve_folder
+from .loading import (
+    decoder_folder,
+    embedding_table,
+    load_model,
+    load_tokenizer,
+    model_arguments,
+    named_folder,
+)
 from .losses import wide
 from .prompt import TextTokenizer, check_texts, collect_cut, length_groups, pad_right
 
@@ -144,7 +150,7 @@ class FrozenDecoder(torch.nn.Module):
             FileNotFoundError: it cannot be loaded.
             ValueError: the checkpoint does not name it; the message says how to.
         """
-        folder = _named_folder(encoder.config.decoder, encoder, token)
+        folder = named_folder(encoder.config.decoder, encoder, token)
         return cls.from_pretrained(folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
 
     def train(self, mode: bool = True) -> FrozenDecoder:  # noqa: ARG002
@@ -465,30 +471,3 @@ class FrozenDecoder(torch.nn.Module):
 
 def _reopen(source: Path, arguments: dict[str, Any]) -> FrozenDecoder:
     return FrozenDecoder.from_pretrained(source, **arguments)
-
-
-def decoder_folder(model: str | Path, revision: str | None = None, token: str | bool | None = None) -> Path:
-    """The folder of the base LM that an AutoRegEmbed checkpoint names; any other model is a language model itself.
-
-    A `revision` is the checkpoint's, not that of a decoder elsewhere on the hub.
-
-    FileNotFoundError lists what would work; ValueError if a checkpoint names no decoder.
-    """
-    folder = resolve_folder(model, revision=revision, token=token)
-    file = folder / CONFIG_NAME
-    return _named_folder(AutoRegConfig.load(file).decoder, folder, token) if file.exists() else folder
-
-
-def _named_folder(decoder: str | None, named_by: object, token: str | bool | None = None) -> Path:
-    if decoder is None:
-        raise ValueError(
-            f"{named_by} does not name its decoder: pass the base language model that it was trained with, or write "
-            f'its folder or hub id under "decoder" in {CONFIG_NAME}'
-        )
-    try:
-        return resolve_folder(decoder, token=token)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f"{named_by} names the decoder {decoder!r}, which cannot be loaded: put it back, or write its folder or "
-            f'hub id under "decoder" in {CONFIG_NAME}'
-        ) from error

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from .config import AutoRegConfig
+from .config import CONFIG_NAME, AutoRegConfig
 from .prompt import embed_tokens
 
 BUNDLED = Path(__file__).parent / "checkpoints"
@@ -123,6 +123,34 @@ def resolve_attention(attn_implementation: str, device: torch.device, dtype: tor
     half = dtype in (torch.bfloat16, torch.float16)
     flash = device.type == "cuda" and half and importlib.util.find_spec("flash_attn") is not None
     return "flash_attention_2" if flash else "sdpa"
+
+
+def decoder_folder(model: str | Path, revision: str | None = None, token: str | bool | None = None) -> Path:
+    """The folder of the base LM that an AutoRegEmbed checkpoint names; any other model is a language model itself.
+
+    A `revision` is the checkpoint's, not that of a decoder elsewhere on the hub.
+
+    FileNotFoundError lists what would work; ValueError if a checkpoint names no decoder.
+    """
+    folder = resolve_folder(model, revision=revision, token=token)
+    file = folder / CONFIG_NAME
+    return named_folder(AutoRegConfig.load(file).decoder, folder, token) if file.exists() else folder
+
+
+def named_folder(decoder: str | None, named_by: object, token: str | bool | None = None) -> Path:
+    """The folder of the decoder that `named_by`, a checkpoint, names `decoder`; errors as `decoder_folder` has them."""
+    if decoder is None:
+        raise ValueError(
+            f"{named_by} does not name its decoder: pass the base language model that it was trained with, or write "
+            f'its folder or hub id under "decoder" in {CONFIG_NAME}'
+        )
+    try:
+        return resolve_folder(decoder, token=token)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{named_by} names the decoder {decoder!r}, which cannot be loaded: put it back, or write its folder or "
+            f'hub id under "decoder" in {CONFIG_NAME}'
+        ) from error
 
 
 def model_arguments(

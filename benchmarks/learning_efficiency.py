@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 try:
-    from autoregembed_rag.decoder import decoder_folder
+    from autoregembed_rag.loading import decoder_folder
     from benchmarks.beir import BenchmarkDataError
     from benchmarks.learning_data import Sources
     from benchmarks.learning_report import findings, summarise, table, write_report

@@ -15,8 +15,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from autoregembed_rag import AutoRegEncoder
 from autoregembed_rag.config import CONFIG_NAME, MODULES_NAME
-from autoregembed_rag.decoder import decoder_folder
-from autoregembed_rag.loading import load_model, model_arguments
+from autoregembed_rag.loading import decoder_folder, load_model, model_arguments
 from autoregembed_rag.prompt import TextTokenizer, pad_right
 
 MAX_TOKENS = 512

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from autoregembed_rag import AutoRegEncoder
-from autoregembed_rag.decoder import decoder_folder
+from autoregembed_rag.loading import decoder_folder
 
 
 @dataclass(frozen=True)
