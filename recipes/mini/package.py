@@ -105,5 +105,6 @@ evaluation sets were removed from it by exact match. Every stage ran with seed {
 
 English, lower-cased; general text rather than code; a vocabulary of {vocabulary} tokens, so rare names become many
 tokens. Words count nearly without their order, and those of other instructions than the two above like the text's.
-Nobody checked the training text for social bias, so expect what public text holds.
+A text gets nearly the same vector as a query and as a document. Nobody checked the training text for social bias, so
+expect what public text holds.
 """
