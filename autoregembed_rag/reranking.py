@@ -262,11 +262,11 @@ class GenerativeReranker:
         with collecting_cut() as cut:
             yield
         if cut:
+            number = sum(document in cut for document in documents)
+            what = [f"{number} of {len(documents)} documents"] if number else []
             logger.warning(
-                "%d of %d documents%s were cut (the encoder takes %d tokens, the decoder %d): split long texts",
-                sum(document in cut for document in documents),
-                len(documents),
-                " and the query" if query in cut else "",
+                "%s cut (the encoder takes %d tokens, the decoder %d): split long texts",
+                " and ".join([*what, "the query"] if query in cut else what) + (" were" if number else " was"),
                 self.encoder.max_text_tokens,
                 self.decoder.max_target_tokens,
             )

@@ -108,11 +108,13 @@ def test_one_warning_counts_what_is_cut_however_many_steps_cut_it(make, prior, c
     with caplog.at_level(logging.WARNING, "autoregembed_rag"):
         make(prior=prior).rank("who? " * 3000, documents)
         make(prior=prior).priors(documents)
+        make(prior=prior).rank("who? " * 3000, documents[1:2])
         make(prior=prior).rank(QUERY, documents[1:2])
     messages = [record.message for record in caplog.records]
     assert [message.partition(" (")[0] for message in messages] == [
         "2 of 3 documents and the query were cut",
         "2 of 3 documents were cut",
+        "the query was cut",
     ]
     caplog.clear()
     with caplog.at_level(logging.WARNING, "autoregembed_rag"):
