@@ -266,7 +266,8 @@ class GenerativeReranker:
             what = [f"{number} of {len(documents)} documents"] if number else []
             logger.warning(
                 "%s cut (the encoder takes %d tokens, the decoder %d): split long texts",
-                " and ".join([*what, "the query"] if query in cut else what) + (" were" if number else " was"),
+                " and ".join([*what, "the query"] if query in cut else what)
+                + (" were" if number else " was"),
                 self.encoder.max_text_tokens,
                 self.decoder.max_target_tokens,
             )
