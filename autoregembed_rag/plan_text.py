@@ -28,7 +28,7 @@ def describe_one(facts: dict[str, Any], kept: int) -> list[str]:
             [
                 [
                     _name(row),
-                    *(human_bytes(row[key]) if row.get(key) else "-" for key in _COLUMNS),
+                    *(_bytes(row[key]) for key in ("disk", "memory", "read_per_query")),
                     _machines(row),
                 ]
                 for row in rows
@@ -69,7 +69,7 @@ def describe_many(facts: dict[str, Any], kept: int) -> list[str]:
             ["documents", *counts],
             [
                 ["operations", *(_operations(found["operations"]) for found in plans)],
-                [_hour_name(encoding), *(f"{found['device_seconds'] / 3600:,.1f}" for found in plans)],
+                [_hour_name(encoding), *(_rate(found["device_seconds"] / 3600) for found in plans)],
                 [f"on {_devices(encoding)}", *(_span(found["wall_seconds"]) for found in plans)],
                 ["shards", *(human_bytes(found["shards"][width]) for found in plans)],
             ],
@@ -78,9 +78,6 @@ def describe_many(facts: dict[str, Any], kept: int) -> list[str]:
         "",
         *_notes(facts),
     ]
-
-
-_COLUMNS = ("disk", "memory", "read_per_query")
 
 
 def _head(facts: dict[str, Any], kept: int) -> list[str]:
@@ -147,7 +144,7 @@ def _hours(facts: dict[str, Any], found: dict[str, Any]) -> list[str]:
     return [
         f"  {_hour_name(encoding):15}"
         f"{found['documents']:,} / {_rate(encoding['documents_per_second'])} / 3,600 = "
-        f"{found['device_seconds'] / 3600:,.1f}",
+        f"{_rate(found['device_seconds'] / 3600)}",
         f"  wall time      on {_devices(encoding)}: {_span(found['wall_seconds'])}",
     ]
 
@@ -187,10 +184,12 @@ def _notes(facts: dict[str, Any]) -> list[str]:
         )
     rows = [row for found in facts["plans"] for row in found["indexes"]]
     notes += dict.fromkeys(f"no: {row['why_not']}" for row in rows if row["why_not"])
-    notes.append(
-        f"{USABLE:.0%} of a machine's memory is used. Milvus spreads over machines, and takes as much again for each "
-        "replica; a DocumentIndex is one machine's, and more than one means several indexes, searched side by side"
-    )
+    notes += [
+        f"{USABLE:.0%} of a machine's memory is used; filling a flat DocumentIndex takes twice its memory for a while, "
+        "one with lists 1 GB more than its own",
+        "Milvus spreads over machines, and takes as much again for each replica; a DocumentIndex is one machine's, and "
+        "more than one means several indexes, searched side by side",
+    ]
     return [f"note: {note}" for note in notes]
 
 

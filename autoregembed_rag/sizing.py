@@ -128,7 +128,9 @@ class Workload:
             attention_width=heads * (getattr(text, "head_dim", None) or text.hidden_size // heads),
             matrices=matrices,
             last=sum(p.numel() for part in restricted_parts(body) for p in part.parameters() if p.ndim > 1),
-            experts=any(getattr(text, name, None) for name in ("num_local_experts", "num_experts")),
+            experts=any(
+                getattr(text, name, None) for name in ("num_local_experts", "num_experts", "n_routed_experts")
+            ),
         )
 
     def products(self, tokens: int, k: int) -> int:

@@ -103,7 +103,8 @@ def milvus_size(documents: Documents, kind: str) -> IndexSize:
     fields = documents.text + documents.metadata + documents.id + 16
     return IndexSize(
         f"Milvus {kind}",
-        disk=count * (4 * dimension + fields + codes),
+        disk=count
+        * (4 * dimension + fields + (0 if kind == "FLAT" else codes)),  # FLAT's are the vectors themselves
         memory=count * (codes + fields),
         read=0,
     )

@@ -84,7 +84,11 @@ def test_milvus_holds_float32_vectors_and_every_field():
     assert flat.memory == 1000 * (4 * 1600 + 300 + 64 + 36 + 16)
     assert small.memory < flat.memory / 3
     assert graph.memory > flat.memory
-    assert flat.disk > 2 * 1000 * 4 * 1600
+    assert flat.disk == flat.memory
+    assert (small.disk, graph.disk) == (
+        flat.disk + 1000 * (1600 + 8),
+        flat.disk + graph.memory - flat.memory + 6_400_000,
+    )
 
 
 def test_what_cannot_be_is_refused_by_name():
