@@ -8,6 +8,7 @@ from .cli_explain import explain
 from .cli_finetune import finetune
 from .cli_index import index, search
 from .cli_mine import mine
+from .cli_plan import plan
 from .cli_push import push
 from .cli_train import train
 
@@ -21,3 +22,4 @@ app.command()(explain)
 app.command()(mine)
 app.command()(finetune)
 app.command()(push)
+app.command()(plan)

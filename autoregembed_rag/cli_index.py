@@ -241,8 +241,8 @@ def _readable(name: str, value: Any) -> str:  # noqa: ANN401
 
 def human_bytes(count: float) -> str:
     """12.3 MB and the like, in powers of 1,000."""
-    for unit in ("B", "kB", "MB", "GB"):
+    for unit in ("B", "kB", "MB", "GB", "TB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
-    return f"{count:.1f} TB"
+    return f"{count:,.1f} PB"

@@ -28,18 +28,24 @@ _wanted: ContextVar[tuple[Tensor, int] | None] = ContextVar("columns [n, k], tok
 
 def restrict_last_layer(model: nn.Module) -> None:
     """Let `last_layer_at` restrict the last layer of a body built like Llama's, as most are; others stay whole."""
-    layers = getattr(model, "layers", None)
-    if not isinstance(layers, nn.ModuleList):
-        return
-    layer = layers[-1]
-    attention = getattr(layer, "self_attn", None)
-    names = ((attention, "q_proj"), (attention, "o_proj"), (layer, "mlp"))
-    parts = [part for owner, name in names if isinstance(part := getattr(owner, name, None), nn.Module)]
-    if len(parts) == len(names) and not _is_restricted(parts[0]):
+    parts = restricted_parts(model)
+    if parts and not _is_restricted(parts[0]):
+        layer = cast(nn.ModuleList, model.layers)[-1]
         for part in parts:
             part.register_forward_pre_hook(partial(_take, layer))
             part.register_forward_hook(partial(_put_back, layer))
-        _restrict_attention(cast(nn.Module, attention), layer)
+        _restrict_attention(cast(nn.Module, layer.self_attn), layer)
+
+
+def restricted_parts(model: nn.Module) -> list[nn.Module]:
+    """The modules of the last layer that only compressed tokens need to go through; none where they stay whole."""
+    layers = getattr(model, "layers", None)
+    if not isinstance(layers, nn.ModuleList):
+        return []
+    attention = getattr(layers[-1], "self_attn", None)
+    names = ((attention, "q_proj"), (attention, "o_proj"), (layers[-1], "mlp"))
+    parts = [part for owner, name in names if isinstance(part := getattr(owner, name, None), nn.Module)]
+    return parts if len(parts) == len(names) else []
 
 
 def _restrict_attention(attention: nn.Module, layer: nn.Module) -> None:

@@ -10,21 +10,14 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from autoregembed_rag import AutoRegEncoder
+from autoregembed_rag.sizing import Workload
 
 
 def encode_operations(encoder: AutoRegEncoder, lengths: Iterable[int]) -> float:
     """Floating-point operations without which prompts of these lengths cannot be encoded: nothing padded, and of the
     last layer keys and values of all tokens and the rest at the compressed ones."""
-    config, k = encoder.model.config, encoder.num_compressed_tokens
-    body = matrix_entries(encoder.model)
-    last = encoder.model.layers[-1]
-    read_last = sum(map(matrix_entries, (last.self_attn.q_proj, last.self_attn.o_proj, last.mlp)))
-
-    def encoded(tokens: int) -> int:
-        products = 2 * (body * tokens - read_last * (tokens - k)) + 4 * config.hidden_size * k * tokens
-        return products + attention(config, tokens, config.num_hidden_layers - 1)
-
-    return float(sum(map(encoded, lengths)))
+    workload = Workload.of(encoder.model, encoder.model.config)
+    return float(sum(workload.operations(tokens, encoder.num_compressed_tokens) for tokens in lengths))
 
 
 def attention(config: PretrainedConfig, tokens: int, layers: int) -> int:

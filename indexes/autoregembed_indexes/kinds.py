@@ -71,9 +71,10 @@ class Kind:
         return max(LEAST_PROBES, self.lists // 4)
 
     def bytes_per_vector(self, dimension: int) -> float:
-        """Memory of a vector and its row number, without the lists' centroids."""
+        """Memory of a vector and its row number, with lists also of its number there, without their centroids."""
         bits = {"Flat": 32, "SQfp16": 16, "SQ8": 8}.get(self.code) or int(self.code[6:] or 1)
-        return dimension * bits / 8 + 8
+        factors = (8 if bits == 1 else 20) if self.code.startswith("RaBitQ") else 0
+        return dimension * bits / 8 + factors + 8 + (8 if self.lists else 0)
 
 
 EXACT = Kind("SQfp16")

@@ -47,11 +47,11 @@ def new_state(
     state = State(
         uuid.uuid4().hex,
         check_factory(factory),
-        None if dimension is None else _at_least_one("dimension", dimension),
-        None if tokens is None else _at_least_one("tokens", tokens),
+        None if dimension is None else at_least_one("dimension", dimension),
+        None if tokens is None else at_least_one("tokens", tokens),
         encoder,
         tokenizer,
-        _at_least_one("memory_budget", memory_budget),
+        at_least_one("memory_budget", memory_budget),
     )
     if state.dimension is not None:
         _check_tokens(state.dimension, state.tokens)
@@ -63,7 +63,8 @@ def _check_tokens(dimension: int, tokens: int | None) -> None:
         raise ValueError(f"dimension {dimension} is not made of {tokens} tokens of equal width")
 
 
-def _at_least_one(name: str, value: int) -> int:
+def at_least_one(name: str, value: int) -> int:
+    """Check a size; ValueError names it."""
     size = operator.index(value)
     if not 1 <= size < 2**62:
         raise ValueError(f"{name} must be at least 1, and less than 2**62, got {size}")
@@ -84,7 +85,7 @@ def check_opened(name: str, state: State, dimension: int | None, encoder: str | 
 def check_added(width: int, state: State) -> None:
     """Raise unless vectors of dimension `width` can be added."""
     if state.dimension is None:
-        _check_tokens(_at_least_one("dimension", width), state.tokens)
+        _check_tokens(at_least_one("dimension", width), state.tokens)
     elif width != state.dimension:
         raise IndexMismatchError(f"vectors have dimension {width}, the index has dimension {state.dimension}")
 
