@@ -1,0 +1,195 @@
+"""Encoding in shards: check the input, encode what is not encoded yet, on this machine or on a cluster, and finish."""
+
+from __future__ import annotations
+
+import logging
+import os
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .documents import read_part
+from .encoding import Job, encode_parts
+from .files import Place, needed
+from .manifest import Manifest, Shard, check_same, finished_shards, read_manifest, tidy
+from .progress import Progress, bar
+from .repeats import Repeats
+from .shards import check_repeats
+from .source import PART_BYTES, Part, Source, find_source, plan
+
+if TYPE_CHECKING:
+    from ..config import Pooling
+    from ..encoder import AutoRegEncoder
+
+logger = logging.getLogger(__name__)
+
+
+def encode_shards(
+    source: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    model: str | Path = "mini",
+    instruction: str = "document",
+    num_tokens: int | None = None,
+    pooling: Pooling | None = None,
+    device: str | Sequence[str] = "auto",
+    dtype: str = "auto",
+    ray: str | None = None,
+    cpus: int | None = None,
+    part_bytes: int = PART_BYTES,
+    show_progress: bool = False,
+) -> Manifest:
+    """Encode documents into a folder of Parquet shards; the same call goes on with what was interrupted.
+
+    Args:
+        source: JSONL (also .gz, .zst, .bz2), Parquet or text, a file or a folder of these; a path or a URI (s3://,
+            gs://).
+        output: a folder that is new or empty, or of the same job; on a cluster one that all its machines share.
+        model: the encoder: bundled name, folder or hub id.
+        instruction: "document" (I_self), "query" (I_next) or an instruction in words.
+        num_tokens: keep only the first so many compressed vectors.
+        pooling: None is what the checkpoint records.
+        device: where to encode; "auto" is all GPUs of this machine, or its CPU. On a cluster "auto" or "cpu".
+        dtype: as `AutoRegEncoder.from_pretrained` has it.
+        ray: address of a Ray cluster; "auto" is the one on this machine, started if there is none; None: no Ray.
+        cpus: of each encoder on a cluster without GPUs; None divides the smallest machine sensibly.
+        part_bytes: about how much input makes a shard. What an interruption loses is at most a part per encoder.
+        show_progress: draw a bar, with documents/s and the time left.
+
+    Returns:
+        The manifest of the finished folder.
+
+    Raises:
+        FileNotFoundError: there is no input. ImportError: pyarrow or Ray is missing.
+        ValueError: a document cannot be encoded (its place is named), an id occurs twice, or `output` was begun with
+            another encoder, instruction, number of tokens or input.
+        ConnectionError: the cluster cannot be reached. RuntimeError: it cannot do the work.
+    """
+    if part_bytes < 1:
+        raise ValueError(f"part_bytes must be at least 1, not {part_bytes}")
+    needed("pyarrow.parquet")
+    out, found = Place(output), find_source(os.fspath(source))
+    _check_apart(Place(source), out)
+    encoder = _load(model, num_tokens, pooling, "cpu" if ray else device, dtype)
+    manifest = _begun(out, found, _wanted(encoder, str(model), instruction, found, part_bytes), show_progress)
+    if manifest.shards is not None:
+        logger.info("%s is complete: %d documents", out, manifest.documents)
+        return manifest
+    shards = finished_shards(out, manifest)
+    if shards:
+        logger.info("going on: %d of %d parts are encoded", len(shards), len(manifest.parts))
+    done = {shard.part for shard in shards}
+    left = [part for part in manifest.parts if part.number not in done]
+    job = Job.of(manifest, found.folder, out)
+    with Progress(manifest.parts, done, show_progress) as progress:
+        if ray is None:
+            shards += encode_parts(job, iter(left), encoder, progress.encoded)
+        elif left:
+            from .cluster import Loading, encode_on_cluster
+
+            loading = Loading(str(model), num_tokens, pooling, "cpu" if device == "cpu" else "auto", dtype)
+            del encoder
+            shards += encode_on_cluster(job, left, loading, ray, cpus, progress.encoded)
+    return _finish(out, manifest, shards)
+
+
+def _load(
+    model: str | Path,
+    num_tokens: int | None,
+    pooling: Pooling | None,
+    device: str | Sequence[str],
+    dtype: str,
+) -> AutoRegEncoder:
+    import torch
+
+    from ..encoder import AutoRegEncoder
+
+    if device == "auto" and torch.cuda.device_count() > 1:
+        device = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+    return AutoRegEncoder.from_pretrained(
+        model, device=device, dtype=dtype, num_tokens=num_tokens, pooling=pooling
+    )
+
+
+def _wanted(
+    encoder: AutoRegEncoder, model: str, instruction: str, found: Source, part_bytes: int
+) -> Manifest:
+    known = {"document": encoder.config.document_instruction, "query": encoder.config.query_instruction}
+    words = known.get(instruction, instruction)
+    encoder.prompts.max_text_tokens(words)  # raises now for an instruction that leaves no room
+    return Manifest(
+        job=uuid.uuid4().hex,
+        encoder=encoder.fingerprint,
+        model=model,
+        instruction=words,
+        dimension=encoder.dimension,
+        tokens=None if encoder.config.pooling == "mean" else encoder.num_tokens,
+        source=str(found.folder),
+        part_bytes=part_bytes,
+        files=found.files,
+        parts=[],
+    )
+
+
+def _check_apart(source: Place, out: Place) -> None:
+    if f"{out}/".startswith(f"{source}/"):
+        raise ValueError(
+            f"the output {out} is inside the input, which would then hold it: give another --output"
+        )
+
+
+def _begun(out: Place, found: Source, wanted: Manifest, show_progress: bool) -> Manifest:
+    """The manifest in `out` if it is of the same job, else a new one, once the whole input was looked at."""
+    there = read_manifest(out)
+    if there is not None:
+        check_same(there, wanted, out)
+        return there
+    if out.kind == "file" or any(not info.name.startswith(".manifest") for info in out.files()):
+        raise FileExistsError(f"{out} holds something else: give a new or empty folder as --output")
+    parts = _checked(found, plan(found, wanted.part_bytes), show_progress)
+    manifest = replace(wanted, parts=parts)
+    out.make_folder()
+    manifest.write(out)
+    return manifest
+
+
+def _checked(found: Source, parts: list[Part], show_progress: bool) -> list[Part]:
+    """The parts with the number of their documents; every one is read, before hours go into encoding them."""
+    total = sum(part.size for part in parts)
+
+    def ids_at(number: int) -> Iterator[str]:
+        return (document.id for document in read_part(found.folder, parts[number]))
+
+    counted = []
+    with Repeats(total // 512) as repeats, bar(total, "checking", show_progress, delay=2) as checked:
+        for part in parts:
+            ids = list(ids_at(part.number))
+            repeats.add(part.number, ids)
+            counted.append(part._replace(rows=len(ids)))
+            checked.update(part.size)
+        if (twice := repeats.find(ids_at)) is not None:
+            one, *numbers = twice
+            places = [f"{parts[number].files[0].name} (part {number})" for number in numbers]
+            raise ValueError(
+                f"the id {one!r} occurs twice, in {places[0]} and in {places[1]}; ids must be unique"
+            )
+    if not sum(part.rows for part in counted):
+        raise ValueError(f"{found.folder} holds no documents")
+    return counted
+
+
+def _finish(out: Place, manifest: Manifest, shards: Iterable[Shard]) -> Manifest:
+    latest = {shard.part: shard for shard in shards}
+    complete = replace(manifest, shards=[latest[part.number] for part in manifest.parts])
+    check_repeats(out, complete)
+    complete.write(out)
+    tidy(out, list(latest.values()))
+    if cut := sum(shard.cut for shard in latest.values()):
+        logger.warning(
+            "%d of %d texts were cut: split long texts, or use a model of a larger max_length",
+            cut,
+            complete.documents,
+        )
+    return complete
