@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from .manifest import Manifest, Shard, record_name
 from .source import Part
 
 if TYPE_CHECKING:
+    from ..config import Pooling
     from ..encoder import AutoRegEncoder
 
 
@@ -43,6 +44,24 @@ class Job:
     def of(cls, manifest: Manifest, folder: Place, output: Place) -> Job:
         """The job that a manifest describes."""
         return cls(folder, output, manifest.job, manifest.encoder, manifest.instruction, manifest.dimension)
+
+
+class Loading(NamedTuple):
+    """How an encoder is loaded, here or on another machine; `device` may be several."""
+
+    model: str
+    num_tokens: int | None
+    pooling: Pooling | None
+    device: str | Sequence[str]
+    dtype: str
+
+    def encoder(self, device: str | Sequence[str]) -> AutoRegEncoder:
+        """The encoder, on a device."""
+        from ..encoder import AutoRegEncoder
+
+        return AutoRegEncoder.from_pretrained(
+            self.model, device=device, dtype=self.dtype, num_tokens=self.num_tokens, pooling=self.pooling
+        )
 
 
 def encode_parts(

@@ -117,7 +117,7 @@ def _manifest(record: dict[str, Any]) -> Manifest:
 def check_same(found: Manifest, wanted: Manifest, folder: Place) -> None:
     """ValueError says in what the job that was begun in `folder` differs from the one that is wanted."""
     names = {
-        "encoder": f"the encoder ({found.model!r}, {wanted.model!r})",
+        "encoder": "the encoder",
         "instruction": "the instruction",
         "tokens": "the number of compressed tokens",
         "dimension": "the dimension",
@@ -126,7 +126,7 @@ def check_same(found: Manifest, wanted: Manifest, folder: Place) -> None:
     for name, what in names.items():
         old, new = getattr(found, name), getattr(wanted, name)
         if old != new:
-            raise ValueError(f"{folder} was begun with another of {what}: {old!r}, not {new!r}; {REMEDY}")
+            raise ValueError(f"{folder} was begun with {what} {old!r}, and this is {new!r}: {REMEDY}")
     if changes := list(_changes(found.files, wanted.files)):
         more = f" and {len(changes) - 5} more" if len(changes) > 5 else ""
         raise ValueError(

@@ -43,6 +43,6 @@ def bar(total: int, what: str, show: bool, **more: float) -> tqdm[None]:
         disable=not show,
         mininterval=seconds,
         maxinterval=10 * seconds,
-        bar_format="{desc}: {percentage:3.0f}% of {total_fmt}B, {postfix}{elapsed} so far, {remaining} left",
+        bar_format="{desc}: {percentage:3.0f}% of {total_fmt}B{postfix}, {elapsed} so far, {remaining} left",
         **more,
     )

@@ -31,9 +31,9 @@ class Repeats:
         for file in self._files:
             file.close()
 
-    def add(self, place: int, ids: Iterable[str]) -> None:
-        """Take some of the ids that are at `place`."""
-        hashes = np.frombuffer(b"".join(map(_hash, ids)), dtype="<u8")
+    def add(self, place: int, ids: bytes) -> None:
+        """Take some of the ids that are at `place`, as `hashes_of` gives them."""
+        hashes = np.frombuffer(ids, dtype="<u8")
         entries = np.empty(len(hashes), dtype=_ENTRY)
         entries["hash"], entries["place"] = hashes, place
         homes = hashes % np.uint64(len(self._files))
@@ -58,6 +58,11 @@ class Repeats:
                                 return one, seen[one], place
                             seen[one] = place
         return None
+
+
+def hashes_of(ids: Iterable[str]) -> bytes:
+    """8 bytes of each id."""
+    return b"".join(map(_hash, ids))
 
 
 def _hash(one: str) -> bytes:

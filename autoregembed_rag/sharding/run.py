@@ -5,19 +5,20 @@ from __future__ import annotations
 import logging
 import os
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .documents import read_part
-from .encoding import Job, encode_parts
+from .checking import Checked, check_part, counted
+from .cluster import Cluster
+from .encoding import Job, Loading, encode_parts
 from .files import Place, needed
 from .manifest import Manifest, Shard, check_same, finished_shards, read_manifest, tidy
-from .progress import Progress, bar
-from .repeats import Repeats
+from .progress import Progress
 from .shards import check_repeats
-from .source import PART_BYTES, Part, Source, find_source, plan
+from .source import PART_BYTES, Source, find_source, plan
 
 if TYPE_CHECKING:
     from ..config import Pooling
@@ -72,45 +73,42 @@ def encode_shards(
     needed("pyarrow.parquet")
     out, found = Place(output), find_source(os.fspath(source))
     _check_apart(Place(source), out)
-    encoder = _load(model, num_tokens, pooling, "cpu" if ray else device, dtype)
-    manifest = _begun(out, found, _wanted(encoder, str(model), instruction, found, part_bytes), show_progress)
-    if manifest.shards is not None:
-        logger.info("%s is complete: %d documents", out, manifest.documents)
-        return manifest
-    shards = finished_shards(out, manifest)
-    if shards:
-        logger.info("going on: %d of %d parts are encoded", len(shards), len(manifest.parts))
-    done = {shard.part for shard in shards}
-    left = [part for part in manifest.parts if part.number not in done]
-    job = Job.of(manifest, found.folder, out)
-    with Progress(manifest.parts, done, show_progress) as progress:
-        if ray is None:
-            shards += encode_parts(job, iter(left), encoder, progress.encoded)
-        elif left:
-            from .cluster import Loading, encode_on_cluster
+    loading = Loading(_name(model), num_tokens, pooling, device, dtype)
+    with ExitStack() as stack:
+        cluster = None if ray is None else stack.enter_context(Cluster(ray))
+        encoder = _load(loading, "cpu" if cluster else device)
+        wanted = _wanted(encoder, str(model), instruction, found, part_bytes)
+        manifest = _begun(out, found, wanted, cluster, show_progress)
+        if manifest.shards is not None:
+            logger.info("%s is complete, nothing is left to encode", out)
+            return manifest
+        shards = finished_shards(out, manifest)
+        if shards:
+            logger.info("going on: %d of %d parts are encoded", len(shards), len(manifest.parts))
+        done = {shard.part for shard in shards}
+        left = [part for part in manifest.parts if part.number not in done]
+        job = Job.of(manifest, found.folder, out)
+        with Progress(manifest.parts, done, show_progress) as progress:
+            if cluster is None:
+                shards += encode_parts(job, iter(left), encoder, progress.encoded)
+            elif left:
+                shards += cluster.encode(job, left, loading, cpus, progress.encoded)
+        return _finish(out, manifest, shards)
 
-            loading = Loading(str(model), num_tokens, pooling, "cpu" if device == "cpu" else "auto", dtype)
-            del encoder
-            shards += encode_on_cluster(job, left, loading, ray, cpus, progress.encoded)
-    return _finish(out, manifest, shards)
+
+def _name(model: str | Path) -> str:
+    """By which other machines load it too: a folder's full path."""
+    from ..loading import resolve_folder
+
+    return str(Path(model).absolute()) if resolve_folder(model) == Path(model) else str(model)
 
 
-def _load(
-    model: str | Path,
-    num_tokens: int | None,
-    pooling: Pooling | None,
-    device: str | Sequence[str],
-    dtype: str,
-) -> AutoRegEncoder:
+def _load(loading: Loading, device: str | Sequence[str]) -> AutoRegEncoder:
     import torch
-
-    from ..encoder import AutoRegEncoder
 
     if device == "auto" and torch.cuda.device_count() > 1:
         device = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
-    return AutoRegEncoder.from_pretrained(
-        model, device=device, dtype=dtype, num_tokens=num_tokens, pooling=pooling
-    )
+    return loading.encoder(device)
 
 
 def _wanted(
@@ -140,7 +138,9 @@ def _check_apart(source: Place, out: Place) -> None:
         )
 
 
-def _begun(out: Place, found: Source, wanted: Manifest, show_progress: bool) -> Manifest:
+def _begun(
+    out: Place, found: Source, wanted: Manifest, cluster: Cluster | None, show_progress: bool
+) -> Manifest:
     """The manifest in `out` if it is of the same job, else a new one, once the whole input was looked at."""
     there = read_manifest(out)
     if there is not None:
@@ -148,36 +148,16 @@ def _begun(out: Place, found: Source, wanted: Manifest, show_progress: bool) -> 
         return there
     if out.kind == "file" or any(not info.name.startswith(".manifest") for info in out.files()):
         raise FileExistsError(f"{out} holds something else: give a new or empty folder as --output")
-    parts = _checked(found, plan(found, wanted.part_bytes), show_progress)
+    parts = plan(found, wanted.part_bytes)
+    if cluster is None:
+        checks: Iterable[Checked] = (check_part(found.folder, part) for part in parts)
+    else:
+        checks = cluster.check(found.folder, parts)
+    parts = counted(found, parts, checks, show_progress)
     manifest = replace(wanted, parts=parts)
     out.make_folder()
     manifest.write(out)
     return manifest
-
-
-def _checked(found: Source, parts: list[Part], show_progress: bool) -> list[Part]:
-    """The parts with the number of their documents; every one is read, before hours go into encoding them."""
-    total = sum(part.size for part in parts)
-
-    def ids_at(number: int) -> Iterator[str]:
-        return (document.id for document in read_part(found.folder, parts[number]))
-
-    counted = []
-    with Repeats(total // 512) as repeats, bar(total, "checking", show_progress, delay=2) as checked:
-        for part in parts:
-            ids = list(ids_at(part.number))
-            repeats.add(part.number, ids)
-            counted.append(part._replace(rows=len(ids)))
-            checked.update(part.size)
-        if (twice := repeats.find(ids_at)) is not None:
-            one, *numbers = twice
-            places = [f"{parts[number].files[0].name} (part {number})" for number in numbers]
-            raise ValueError(
-                f"the id {one!r} occurs twice, in {places[0]} and in {places[1]}; ids must be unique"
-            )
-    if not sum(part.rows for part in counted):
-        raise ValueError(f"{found.folder} holds no documents")
-    return counted
 
 
 def _finish(out: Place, manifest: Manifest, shards: Iterable[Shard]) -> Manifest:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from .files import Place, needed
 from .manifest import MANIFEST, Manifest, Shard, read_manifest
-from .repeats import Repeats
+from .repeats import Repeats, hashes_of
 
 REMEDY = "copy it again, or encode into another folder"
 
@@ -93,7 +93,7 @@ def check_repeats(folder: Place, manifest: Manifest) -> None:
 
     with Repeats(manifest.documents) as repeats:
         for number in range(len(shards)):
-            repeats.add(number, ids_at(number))
+            repeats.add(number, hashes_of(ids_at(number)))
         if (twice := repeats.find(ids_at)) is not None:
             one, first, second = twice
             raise ValueError(
