@@ -51,17 +51,18 @@ class Place:
         if "://" in text:
             self._base, _, self._query = text.partition("?")
             self._base = self._base.rstrip("/")
-            self.fs, self.path = _resolve(self._address)
+            self.fs, self.path = _resolve(self.address)
         else:
             self._base, self._query = str(Path(text).absolute()), ""
             self.fs, self.path = _local(), self._base
 
     @property
-    def _address(self) -> str:
+    def address(self) -> str:
+        """By which another process finds it; may hold credentials."""
         return f"{self._base}?{self._query}" if self._query else self._base
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Place, (self._address,)
+        return Place, (self.address,)
 
     def __str__(self) -> str:
         """Without what a URI may say of credentials and connections."""

@@ -71,8 +71,9 @@ def encode_shards(
     if part_bytes < 1:
         raise ValueError(f"part_bytes must be at least 1, not {part_bytes}")
     needed("pyarrow.parquet")
-    out, found = Place(output), find_source(os.fspath(source))
+    out = Place(output)
     _check_apart(Place(source), out)
+    found = find_source(os.fspath(source))
     loading = Loading(_name(model), num_tokens, pooling, device, dtype)
     with ExitStack() as stack:
         cluster = None if ray is None else stack.enter_context(Cluster(ray))

@@ -65,9 +65,9 @@ def find_source(address: str) -> Source:
         raise ValueError(
             f"{place} is a folder in BEIR's format, with documents and queries: give {place}/corpus.jsonl"
         )
-    if others := [info.name for info in found if info.name not in names]:
+    if others := [info.name for info in found if info.name not in names and not is_hidden(info.name)]:
         logger.warning(
-            "%d files in %s are left out, being hidden or none of %s: %s%s",
+            "%d files in %s are left out, being none of %s: %s%s",
             len(others),
             place,
             KINDS,
@@ -81,7 +81,7 @@ def kind_of(name: str) -> str | None:
     """ "lines", "packed", "rows" or "text", by the name's ending; None for a hidden file and one
     of another kind."""
     lower = name.lower()
-    if any(step.startswith((".", "_")) for step in name.split("/")):
+    if is_hidden(name):
         return None
     if lower.endswith(LINES):
         return "lines"
@@ -90,6 +90,11 @@ def kind_of(name: str) -> str | None:
     if lower.endswith(".parquet"):
         return "rows"
     return "text" if lower.endswith(TEXTS) else None
+
+
+def is_hidden(name: str) -> bool:
+    """Has a file, or a folder above it, a name that begins with a dot or an underscore?"""
+    return any(step.startswith((".", "_")) for step in name.split("/"))
 
 
 def plan(source: Source, part_bytes: int) -> list[Part]:

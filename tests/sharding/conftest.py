@@ -1,44 +1,19 @@
-"""Corpora, and folders of shards read as rows."""
+"""A corpus, and a way to encode it."""
 
-import json
-
-import numpy as np
 import pytest
+from shard_files import make_documents, write_lines
 
-from autoregembed_rag.sharding import read_shards
-
-SENTENCE = "the quick brown fox jumps over a lazy dog near the river bank and finds vitamin in green peppers"
-WORDS = SENTENCE.split()
+from autoregembed_rag.sharding import encode_shards
 
 
-def make_documents(count, longest=24):
-    rng = np.random.default_rng(0)
-    return [
-        {
-            "_id": f"doc-{number}",
-            "title": f"Ünïcode {number}" if number % 3 else "",
-            "text": " ".join(rng.choice(WORDS, rng.integers(3, longest))),
-            "metadata": {"number": number, "tags": ["a", None], "nested": {"ja": True}},
-        }
-        for number in range(count)
-    ]
+@pytest.fixture(scope="session")
+def run(tiny_checkpoint):
+    """Encode with the tiny model: source, folder -> the manifest."""
 
+    def encode(source, output, **settings):
+        return encode_shards(source, output, **{"model": tiny_checkpoint, "dtype": "float32", **settings})
 
-def write_lines(file, documents):
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(
-        "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in documents), encoding="utf-8"
-    )
-    return file
-
-
-def rows_of(folder):
-    """Every document of a folder of shards: (id, text, metadata, vector's bytes)."""
-    return [
-        (*document, vector.tobytes())
-        for batch in read_shards(folder)
-        for *document, vector in zip(*batch, strict=True)
-    ]
+    return encode
 
 
 @pytest.fixture(scope="session")
