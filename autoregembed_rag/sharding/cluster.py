@@ -30,7 +30,7 @@ from .source import Part
 logger = logging.getLogger(__name__)
 
 REACH_SECONDS = 5.0
-CONNECT_SECONDS = 30.0
+CONNECT_SECONDS = 20.0
 START_SECONDS = 120.0  # of a cluster on this machine, which may be busy
 END_SECONDS = 20.0
 LOOK_SECONDS = 10.0  # between looks at which machines there are

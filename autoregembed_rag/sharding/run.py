@@ -31,7 +31,7 @@ def encode_shards(
     source: str | os.PathLike[str],
     output: str | os.PathLike[str],
     *,
-    model: str | Path = "mini",
+    model: str | Path | AutoRegEncoder = "mini",
     instruction: str = "document",
     num_tokens: int | None = None,
     pooling: Pooling | None = None,
@@ -48,7 +48,8 @@ def encode_shards(
         source: JSONL (also .gz, .zst, .bz2), Parquet or text, a file or a folder of these; a path or a URI (s3://,
             gs://).
         output: a folder that is new or empty, or of the same job; on a cluster one that all its machines share.
-        model: the encoder: bundled name, folder or hub id.
+        model: the encoder: bundled name, folder or hub id; without Ray also one that is loaded, which is used as it
+            is.
         instruction: "document" (I_self), "query" (I_next) or an instruction in words.
         num_tokens: keep only the first so many compressed vectors.
         pooling: None is what the checkpoint records.
@@ -74,11 +75,15 @@ def encode_shards(
     out = Place(output)
     _check_apart(Place(source), out)
     found = find_source(os.fspath(source))
-    loading = Loading(_name(model), num_tokens, pooling, device, dtype)
+    given = None if isinstance(model, str | Path) else model
+    if given is not None and ray is not None:
+        raise ValueError("on a cluster every machine loads the model: give its name or folder")
+    name = _name(model) if isinstance(model, str | Path) else repr(model)
+    loading = Loading(name, num_tokens, pooling, device, dtype)
     with ExitStack() as stack:
         cluster = None if ray is None else stack.enter_context(Cluster(ray))
-        encoder = _load(loading, "cpu" if cluster else device)
-        wanted = _wanted(encoder, str(model), instruction, found, part_bytes)
+        encoder = given or _load(loading, "cpu" if cluster else device)
+        wanted = _wanted(encoder, name, instruction, found, part_bytes)
         manifest = _begun(out, found, wanted, cluster, show_progress)
         if manifest.shards is not None:
             logger.info("%s is complete, nothing is left to encode", out)

@@ -1,7 +1,9 @@
 """Shards into an index: the same as adding, or an error before anything is added."""
 
 import json
+import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -162,3 +164,12 @@ def test_batches_are_bounded_whatever_a_part_holds(run, encoder, tmp_path):
     sizes = [len(batch.ids) for batch in read_shards(tmp_path / "shards")]
     assert sum(sizes) == 5000
     assert max(sizes) <= 2048
+
+
+def test_the_page_on_shards_shows_what_happens(corpus, tmp_path, monkeypatch, capsys):
+    page = (Path(__file__).parents[2] / "docs" / "sharding.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(corpus, "corpus.jsonl")
+    (snippet,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    exec(compile(snippet, "sharding.md", "exec"), {})  # noqa: S102
+    assert capsys.readouterr().out.splitlines()[-1] == "200 (200, 640)"
