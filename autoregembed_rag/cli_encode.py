@@ -65,7 +65,14 @@ def encode(
             help="Of each encoder on a cluster without GPUs. Default: up to 8, one left over on each machine.",
         ),
     ] = None,
-    part_mb: Annotated[int, typer.Option(min=1, help="About how many MiB of the input make a shard.")] = 16,
+    part_mb: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="About how many MiB of the input make a shard. Default: 16, or more for more than 20,000 of these.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Encode documents into a folder of Parquet shards: ids, texts, metadata and vectors in half precision.
 
@@ -87,7 +94,7 @@ def encode(
             dtype=dtype,
             ray=ray,
             cpus=cpus,
-            part_bytes=part_mb << 20,
+            part_bytes=None if part_mb is None else part_mb << 20,
             show_progress=True,
         )
     typer.echo(

@@ -35,14 +35,14 @@ SHARDS, PLAIN = "in shards", "encode_documents"
 LOAD, ADD = "from_shards", "DocumentIndex.add"
 TWO, ONE = "two machines", "one machine"
 CPU = "processor seconds"
-SIZES = (4_000, 32_000)  # short documents, for memory
+SIZES = (16_000, 64_000)  # short documents, for memory
 HEADER = ["what", "measured", "ratio, by rounds"]
 READING = """Ratios are medians of the rounds, with the least and the most in brackets; above 1 the first is faster.
 Encoding: the same texts and weights; shards are read, checked, encoded, written and checked again. Processor seconds
 are those of all threads, which others' work on the machine changes less. Loading: the same documents, from shards with
 all checks, and from memory in batches of 2048, into new indexes on disk. Machines: Ray's, on this computer, each pinned
-to one processor; "all" is the whole command, with the start of the encoders, "from the first shard on" leaves the start
-out."""
+to one processor; "all" is the whole command, with the start of Ray's processes and of the encoders, "once all are at
+work" counts from when each machine has finished a part."""
 
 app = typer.Typer(add_completion=False)
 
@@ -153,27 +153,21 @@ def measure_machines(folder: Path, rounds: int) -> dict[str, Any] | None:
     processors = sorted(os.sched_getaffinity(0))[:2]
     if len(processors) < 2:
         return None
-    texts = write_corpus(folder / "corpus.jsonl")
-    measures = Measures()
+    texts = write_corpus(folder / "corpus.jsonl", 8000)
+    measures, out = Measures(), folder / "shards"
     for number in range(rounds):
         for system in (TWO, ONE)[:: 1 if number % 2 else -1]:
-            with cluster(processors if system == TWO else processors[:1]) as address:
-                start, out = time.perf_counter(), folder / "shards"
-                encode_shards(folder / "corpus.jsonl", out, ray=address, cpus=3, part_bytes=1 << 15)
+            used = processors if system == TWO else processors[:1]
+            with cluster(used) as address:
+                start = time.perf_counter()
+                encode_shards(folder / "corpus.jsonl", out, ray=address, cpus=3, part_bytes=1 << 17)
                 measures.put("all", RATE, system, len(texts) / (time.perf_counter() - start))
-            times = sorted(
-                (json.loads(file.read_text())["rows"], file.stat().st_mtime) for file in records(out)
-            )
-            times.sort(key=lambda record: record[1])
-            later = sum(rows for rows, _ in times[1:])
-            measures.put("from the first shard on", RATE, system, later / (times[-1][1] - times[0][1]))
+            files = sorted(out.glob("part-*.json"), key=lambda file: file.stat().st_mtime)
+            rows = sum(json.loads(file.read_text())["rows"] for file in files[len(used) :])
+            begin, end = (files[place].stat().st_mtime for place in (len(used) - 1, -1))
+            measures.put("once all are at work", RATE, system, rows / (end - begin))
             shutil.rmtree(out)
-    return {"documents": len(texts), "parts": len(times), "measures": measures.record(TWO)}
-
-
-def records(folder: Path) -> list[Path]:
-    """The records of finished parts."""
-    return list(folder.glob("part-*.json"))
+    return {"documents": len(texts), "parts": len(files), "measures": measures.record(TWO)}
 
 
 def rows_of(record: dict[str, Any]) -> list[list[str]]:

@@ -63,15 +63,12 @@ class Cluster:
             text=True,
             encoding="utf-8",
         )
-        self._ask(address=found)
         seconds = START_SECONDS if found == "local" else CONNECT_SECONDS
-        assert self._process.stdout is not None  # noqa: S101
-        ready, _, _ = select.select([self._process.stdout.fileno()], [], [], seconds)
         try:
-            if not ready:
-                raise RuntimeError(f"no answer in {seconds:.0f} seconds")
+            self._ask(address=found)
+            self._wait(seconds)
             self._next()
-        except RuntimeError as error:
+        except (OSError, RuntimeError) as error:
             self._process.kill()
             self._close()
             where = "on this machine" if found == "local" else f"at {found}"
@@ -132,6 +129,12 @@ class Cluster:
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
 
+    def _wait(self, seconds: float) -> None:
+        """RuntimeError: there is no answer in so many seconds."""
+        assert self._process.stdout is not None  # noqa: S101
+        if not select.select([self._process.stdout.fileno()], [], [], seconds)[0]:
+            raise RuntimeError(f"no answer in {seconds:.0f} seconds")
+
     def _next(self) -> dict[str, Any]:
         """The next answer; RuntimeError says why there is none."""
         assert self._process.stdout is not None  # noqa: S101
@@ -164,7 +167,8 @@ class Cluster:
 
 def _running_here() -> str | None:
     """The address of the cluster that `RAY_ADDRESS` names, or that runs on this machine; None if there is none."""
-    if given := os.environ.get("RAY_ADDRESS"):
+    given = os.environ.get("RAY_ADDRESS", "auto")
+    if given not in ("", "auto"):
         return given
     note = Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray", "ray_current_cluster")  # noqa: S108  # Ray's own place
     try:

@@ -54,6 +54,7 @@ class Driver:
 
     def __init__(self, answers: TextIO) -> None:
         self._answers = answers
+        self.alone = threading.Event()  # nobody wants answers any more
 
     def answer(self, **fields: object) -> None:
         """One line."""
@@ -136,7 +137,7 @@ class Driver:
 
         threading.Thread(target=consume, name="ray", daemon=True).start()
         patience = _Patience(self, room, request["look"], request["patience"])
-        while True:
+        while not self.alone.is_set():
             patience.look()
             try:
                 found = results.get(timeout=request["look"])
@@ -206,10 +207,11 @@ def main() -> None:
     def read() -> None:
         for line in sys.stdin:
             requests.put(line)
+        driver.alone.set()
         requests.put("")
 
-    threading.Thread(target=read, name="requests", daemon=True).start()
     driver = Driver(answers)
+    threading.Thread(target=read, name="requests", daemon=True).start()
     handlers: dict[str, Callable[[Any], None]] = {"check": driver.check, "encode": driver.encode}
     try:
         driver.connect(json.loads(requests.get())["address"])

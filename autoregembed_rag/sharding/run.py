@@ -18,7 +18,7 @@ from .files import Place, needed
 from .manifest import Manifest, Shard, check_same, finished_shards, read_manifest, tidy
 from .progress import Progress
 from .shards import check_repeats
-from .source import PART_BYTES, Source, find_source, plan
+from .source import Source, default_part_bytes, find_source, plan
 
 if TYPE_CHECKING:
     from ..config import Pooling
@@ -39,7 +39,7 @@ def encode_shards(
     dtype: str = "auto",
     ray: str | None = None,
     cpus: int | None = None,
-    part_bytes: int = PART_BYTES,
+    part_bytes: int | None = None,
     show_progress: bool = False,
 ) -> Manifest:
     """Encode documents into a folder of Parquet shards; the same call goes on with what was interrupted.
@@ -57,7 +57,8 @@ def encode_shards(
         dtype: as `AutoRegEncoder.from_pretrained` has it.
         ray: address of a Ray cluster; "auto" is the one on this machine, started if there is none; None: no Ray.
         cpus: of each encoder on a cluster without GPUs; None divides the smallest machine sensibly.
-        part_bytes: about how much input makes a shard. What an interruption loses is at most a part per encoder.
+        part_bytes: about how much input makes a shard; None: 16 MiB, or more for more than 20,000 of these. An
+            interruption loses at most a part of each encoder.
         show_progress: draw a bar, with documents/s and the time left.
 
     Returns:
@@ -69,7 +70,7 @@ def encode_shards(
             another encoder, instruction, number of tokens or input.
         ConnectionError: the cluster cannot be reached. RuntimeError: it cannot do the work.
     """
-    if part_bytes < 1:
+    if part_bytes is not None and part_bytes < 1:
         raise ValueError(f"part_bytes must be at least 1, not {part_bytes}")
     needed("pyarrow.parquet")
     out = Place(output)
@@ -83,7 +84,7 @@ def encode_shards(
     with ExitStack() as stack:
         cluster = None if ray is None else stack.enter_context(Cluster(ray))
         encoder = given or _load(loading, "cpu" if cluster else device)
-        wanted = _wanted(encoder, name, instruction, found, part_bytes)
+        wanted = _wanted(encoder, name, instruction, found, part_bytes or default_part_bytes(found))
         manifest = _begun(out, found, wanted, cluster, show_progress)
         if manifest.shards is not None:
             logger.info("%s is complete, nothing is left to encode", out)

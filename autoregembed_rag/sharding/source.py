@@ -19,6 +19,7 @@ PACKED = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
 TEXTS = (".txt", ".text", ".md", ".markdown", ".rst")
 KINDS = f"JSONL ({', '.join(LINES)}; also {', '.join(PACKED)}), .parquet, text ({', '.join(TEXTS)})"
 PART_BYTES = 16 << 20
+MOST_PARTS = 20_000  # of a corpus whose parts nobody has sized: each costs a little in many places
 TEXTS_AT_ONCE = 4096
 NAMED = 5  # files that a message names
 
@@ -95,6 +96,11 @@ def kind_of(name: str) -> str | None:
 def is_hidden(name: str) -> bool:
     """Has a file, or a folder above it, a name that begins with a dot or an underscore?"""
     return any(step.startswith((".", "_")) for step in name.split("/"))
+
+
+def default_part_bytes(source: Source) -> int:
+    """16 MiB, or more where that would make too many parts."""
+    return max(PART_BYTES, sum(info.size for info in source.files) // MOST_PARTS)
 
 
 def plan(source: Source, part_bytes: int) -> list[Part]:
