@@ -151,7 +151,8 @@ def record_name(number: int) -> str:
 
 
 def finished_shards(folder: Place, manifest: Manifest) -> list[Shard]:
-    """The parts that need not be encoded again: their record is there, and their file with its size."""
+    """The parts that need not be encoded again: their record is there, and their file with its size. Other records are
+    taken away."""
     listed = {info.name: info.size for info in folder.files()}
     names = [name for name in listed if RECORD.fullmatch(name)]
 
@@ -161,14 +162,18 @@ def finished_shards(folder: Place, manifest: Manifest) -> list[Shard]:
         except (TypeError, ValueError):
             return None  # damaged: the part is encoded again
 
-    found = (shard for shard in in_order(read, names) if shard is not None)
-    return [
-        shard
-        for shard in found
-        if shard.part < len(manifest.parts)
-        and shard.encoder == manifest.encoder
-        and listed.get(shard.file) == shard.bytes
-    ]
+    finished = []
+    for name, shard in zip(names, in_order(read, names), strict=True):
+        if (
+            shard is not None
+            and shard.part < len(manifest.parts)
+            and shard.encoder == manifest.encoder
+            and listed.get(shard.file) == shard.bytes
+        ):
+            finished.append(shard)
+        else:
+            folder.delete(name)
+    return finished
 
 
 def tidy(folder: Place, shards: list[Shard]) -> None:

@@ -33,11 +33,11 @@ class PartEncoder:
         return _outcome(batch, self._encode)
 
     def _encode(self, part: Part) -> str:
-        if self._encoder is None:
-            self._encoder = self._loaded()
         name = record_name(part.number)
         if self._job.output.info(name) is not None:  # by another attempt, whose report was lost
             return json.dumps(self._job.output.read_json(name))
+        if self._encoder is None:
+            self._encoder = self._loaded()
         (shard,) = encode_parts(self._job, iter([part]), self._encoder, lambda _, __: None)
         return json.dumps(shard._asdict())
 

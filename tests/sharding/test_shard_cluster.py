@@ -22,7 +22,7 @@ from autoregembed_rag.sharding.files import Place
 from autoregembed_rag.sharding.manifest import read_manifest
 from autoregembed_rag.sharding.workers import PartEncoder
 
-PARTS = 24
+PARTS = 16
 MEMORY = 80 << 20
 
 
@@ -50,7 +50,7 @@ def machines():
 
 @pytest.fixture(scope="module")
 def long_corpus(tmp_path_factory):
-    return write_lines(tmp_path_factory.mktemp("long") / "corpus.jsonl", make_documents(2000, 60))
+    return write_lines(tmp_path_factory.mktemp("long") / "corpus.jsonl", make_documents(1000, 60))
 
 
 def part_bytes(corpus):
@@ -113,8 +113,11 @@ def test_a_cluster_goes_on_with_what_one_machine_began(machines, run, corpus, tm
         json.dumps(manifest | {"complete": False, "shards": None})
     )
     (tmp_path / "shards" / "part-000001.json").unlink()
-    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "shards").glob("part-*.json")}
-    assert len(before) > 3
+    (cut,) = (tmp_path / "shards").glob("part-000003-*.parquet")
+    cut.write_bytes(cut.read_bytes()[:-1])
+    kept = [file for file in (tmp_path / "shards").glob("part-*.json") if file.name != "part-000003.json"]
+    before = {file: file.stat().st_mtime_ns for file in kept}
+    assert len(before) > 2
     run(corpus, tmp_path / "shards", part_bytes=9000, ray=machines.address)
     assert {file: file.stat().st_mtime_ns for file in before} == before
     assert [row[:3] for row in rows_of(tmp_path / "shards")] == [row[:3] for row in whole]
@@ -189,8 +192,10 @@ def test_the_ray_option_takes_no_input_for_an_address(tmp_path):
 
 @pytest.fixture(scope="module")
 def job(run, corpus, tmp_path_factory):
+    """A folder whose only part is not encoded yet."""
     folder = tmp_path_factory.mktemp("job") / "shards"
     run(corpus, folder)
+    (folder / "part-000000.json").unlink()
     return Job.of(read_manifest(Place(folder)), Place(corpus.parent), Place(folder))
 
 
@@ -218,9 +223,10 @@ def test_a_machine_with_another_model_says_so(job, make_checkpoint, tmp_path):
     assert "is not a model that can be loaded" in outcome(job, tmp_path / "missing")[1]
 
 
-def test_a_part_that_another_attempt_finished_is_not_encoded_again(job, tiny_checkpoint):
-    (file,) = Path(str(job.output)).glob("part-000000.json")
-    written = file.stat().st_mtime_ns
+def test_a_part_that_another_attempt_finished_is_not_encoded_again(job, tiny_checkpoint, tmp_path):
     record, error = outcome(job, tiny_checkpoint)
+    file = Path(job.output.path, "part-000000.json")
+    written = file.stat().st_mtime_ns
     assert (json.loads(record), error) == (json.loads(file.read_text()), "")
+    assert outcome(job, tiny_checkpoint) == (record, "")
     assert file.stat().st_mtime_ns == written
