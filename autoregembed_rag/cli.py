@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from .cli_encode import EncodeCommand, encode
 from .cli_explain import explain
 from .cli_finetune import finetune
 from .cli_index import index, search
@@ -17,6 +18,7 @@ app = typer.Typer(
 )
 app.add_typer(train, name="train")
 app.add_typer(index, name="index")
+app.command(cls=EncodeCommand)(encode)
 app.command()(search)
 app.command()(explain)
 app.command()(mine)

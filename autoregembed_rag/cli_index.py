@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .cli_errors import errors_in_one_line
+from .cli_load import IndexGroup, load
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,7 +22,10 @@ if TYPE_CHECKING:
 LINE_WIDTH = 100
 BYTE_COUNTS = ("memory_budget", "bytes")
 
-index = typer.Typer(help="Look after a document index.", no_args_is_help=True)
+index = typer.Typer(
+    cls=IndexGroup, help="Fill a document index from shards, and look after it.", no_args_is_help=True
+)
+index.command()(load)
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the index.", show_default=False)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import inspect
-import logging
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import fields
 from functools import wraps
 from pathlib import Path
@@ -14,7 +12,7 @@ from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import typer
 
-from .cli_errors import errors_in_one_line
+from .cli_errors import errors_in_one_line, notes_echoed
 from .training.arguments import AlignmentArguments, CompressionArguments, ContrastArguments, StageArguments
 
 train = typer.Typer(help="The two training stages of the paper, and one more.", no_args_is_help=True)
@@ -41,7 +39,10 @@ def with_settings(kind: type[StageArguments]) -> Callable[[Command], Command]:
     def decorate(command: Command) -> Command:
         @wraps(command)
         def wrapper(**options: Any) -> None:  # noqa: ANN401
-            with errors_in_one_line(FloatingPointError, MemoryError), _progress_echoed():
+            with (
+                errors_in_one_line(FloatingPointError, MemoryError),
+                notes_echoed("autoregembed_rag.training.stage"),
+            ):
                 settings = kind(**{field.name: options.pop(field.name) for field in fields(kind)})
                 command(**options, settings=settings)
 
@@ -53,27 +54,6 @@ def with_settings(kind: type[StageArguments]) -> Callable[[Command], Command]:
         return wrapper  # type: ignore[return-value]
 
     return decorate
-
-
-class _Echo(logging.Handler):
-    """Says log lines as what the command says."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        typer.echo(record.getMessage(), err=record.levelno > logging.INFO)
-
-
-@contextmanager
-def _progress_echoed() -> Iterator[None]:
-    """Inside, the command says where a run goes on, and that one has ended before."""
-    logger, echo = logging.getLogger("autoregembed_rag.training.stage"), _Echo()
-    level = logger.level
-    logger.addHandler(echo)
-    logger.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        logger.removeHandler(echo)
-        logger.setLevel(level)
 
 
 def _options(kind: type[StageArguments]) -> list[inspect.Parameter]:

@@ -310,6 +310,7 @@ class AutoRegEncoder:
         *,
         batch_size: int | None = None,
         show_progress: bool = False,
+        on_cut: Callable[[int], None] | None = None,
     ) -> Iterator[np.ndarray]:
         """Embeddings of texts that need not all be in memory, a few thousand at a time.
 
@@ -318,6 +319,7 @@ class AutoRegEncoder:
         Args:
             texts: read as they are needed, by this thread, one chunk ahead.
             instruction, batch_size, show_progress: as `encode` has them.
+            on_cut: called at the end with how many texts were cut, instead of a warning.
 
         Yields:
             float32 [up to 2048 per device, dimension], in input order.
@@ -325,7 +327,7 @@ class AutoRegEncoder:
         Raises:
             TypeError: a text is not str; its index in all of `texts` is named.
         """
-        yield from self._stream(texts, (instruction,), self._pooled, batch_size, show_progress)
+        yield from self._stream(texts, (instruction,), self._pooled, batch_size, show_progress, on_cut=on_cut)
 
     def encode_both(
         self, texts: Sequence[str], *, batch_size: int | None = None, show_progress: bool = False
@@ -391,6 +393,7 @@ class AutoRegEncoder:
         batch_size: int | None,
         show_progress: bool,
         times: Mapping[str, int] | None = None,
+        on_cut: Callable[[int], None] | None = None,
     ) -> Iterator[np.ndarray]:
         """Chunk by chunk, e_c of each text as `finish` makes it; `times` says how often the caller has it."""
         if batch_size is not None and batch_size < 1:
@@ -420,7 +423,9 @@ class AutoRegEncoder:
                     num_cut += sum(times[text] if times else 1 for text in cut)
                 assert out is not None  # noqa: S101  (no chunk is empty)
                 yield out
-        if num_cut:
+        if on_cut is not None:
+            on_cut(num_cut)
+        elif num_cut:
             logger.warning(
                 "%d of %d texts were cut to %d tokens: split long texts, or raise max_length",
                 num_cut,

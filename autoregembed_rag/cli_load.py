@@ -1,0 +1,100 @@
+"""`autoregembed index DIR --from-shards SHARDS`: shards into an index."""
+
+from __future__ import annotations
+
+import os
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from .cli_errors import errors_in_one_line
+
+if TYPE_CHECKING:
+    from .sharding import Manifest
+
+OPTION = "--from-shards"
+
+
+class IndexGroup(TyperGroup):
+    """`index DIR --from-shards SHARDS` is `index load DIR --from-shards SHARDS`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # noqa: ANN401
+        if args and args[0] not in self.commands and any(word.split("=")[0] == OPTION for word in args):
+            args = ["load", *args]
+        return super().parse_args(ctx, args)
+
+
+def load(
+    from_shards: Annotated[
+        str,
+        typer.Option(
+            metavar="SHARDS", help="Folder that autoregembed encode has finished.", show_default=False
+        ),
+    ],
+    folder: Annotated[
+        Path | None,
+        typer.Argument(metavar="[DIR]", help="Folder of the index, made if missing.", show_default=False),
+    ] = None,
+    milvus: Annotated[
+        str | None,
+        typer.Option(metavar="URI", help="A Milvus server instead of DIR.", show_default=False),
+    ] = None,
+    collection: Annotated[str, typer.Option(help="On that server; made if missing.")] = "autoregembed",
+    token: Annotated[
+        str | None,
+        typer.Option(
+            envvar="MILVUS_TOKEN", help="For that server: user:password or an API key.", show_default=False
+        ),
+    ] = None,
+    factory: Annotated[str, typer.Option(help="How a new index searches, as FAISS writes it.")] = "auto",
+) -> None:
+    """Load encoded shards into an index; documents whose id is there are replaced.
+
+    A run that was interrupted ends the same when it is started again.
+
+    Example: autoregembed index ./my-index --from-shards ./shards
+    """
+    from autoregembed_indexes import DocumentIndexError
+
+    with errors_in_one_line(DocumentIndexError):
+        if (folder is None) == (milvus is None):
+            raise ValueError("give either DIR, the folder of an index, or --milvus URI")
+        # Imported here, for these take seconds.
+        from .sharding.files import Place
+        from .sharding.loading import add_shards, checked_manifest
+
+        place = Place(from_shards)
+        manifest = checked_manifest(place)
+        with _index(manifest, folder, milvus, collection, token, factory) as opened:
+            add_shards(opened, place, manifest, show_progress=True)
+            held = len(opened)
+    target = folder if milvus is None else f"{milvus}, collection {collection}"
+    typer.echo(f"{manifest.documents:,} documents loaded; {target} holds {held:,}")
+
+
+def _index(
+    manifest: Manifest,
+    folder: Path | None,
+    milvus: str | None,
+    collection: str,
+    token: str | None,
+    factory: str,
+) -> AbstractContextManager[Any]:
+    """The index to load into, made for the shards if it is not there."""
+    import autoregembed_indexes as indexes
+
+    kind: Any = indexes.DocumentIndex
+    where: tuple[str | os.PathLike[str], ...] = (folder or "",)
+    credentials: dict[str, Any] = {}
+    if milvus is not None:
+        kind = indexes.MilvusDocumentIndex  # type: ignore[attr-defined]
+        where, credentials = (milvus, collection), {"token": token}
+    expected = {"dimension": manifest.dimension, "encoder": manifest.encoder}
+    if kind.exists(*where, **credentials):
+        opened: AbstractContextManager[Any] = kind.open(*where, **credentials, **expected)
+    else:
+        opened = kind.create(*where, **credentials, **expected, tokens=manifest.tokens, factory=factory)
+    return opened
