@@ -11,7 +11,15 @@ from autoregembed_indexes import MilvusDocumentIndex
 
 ROOT = Path(__file__).parents[2]
 PYTHON = ROOT / ".venv-milvus" / "bin" / "python"
-TOKEN = "root:Milvus"  # what a new server has
+TOKEN = "root:Milvus"  # noqa: S105  (what a new server has)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def token():
+    """Give the token as users may, by the environment."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MILVUS_TOKEN", TOKEN)
+        yield TOKEN
 
 
 @pytest.fixture(scope="session")
@@ -22,7 +30,7 @@ def server(tmp_path_factory):
         pytest.skip("no .venv-milvus: `make test` makes it, with the Milvus server in it")
     folder = tmp_path_factory.mktemp("milvus")
     with (folder / "log").open("wb") as log:
-        process = subprocess.Popen(
+        process = subprocess.Popen(  # noqa: S603
             [PYTHON, Path(__file__).with_name("serve.py"), folder / "data"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -40,12 +48,6 @@ def server(tmp_path_factory):
             shutil.rmtree(folder, ignore_errors=True)  # with the server's programs, half a gigabyte
 
 
-@pytest.fixture(autouse=True)
-def token(monkeypatch):
-    """Give the token as users may, by the environment."""
-    monkeypatch.setenv("MILVUS_TOKEN", TOKEN)
-
-
 @pytest.fixture(scope="session")
 def lite(tmp_path_factory):
     """The address of a milvus-lite file."""
@@ -53,29 +55,43 @@ def lite(tmp_path_factory):
     return str(tmp_path_factory.mktemp("lite") / "documents.db")
 
 
-@pytest.fixture
-def name():
-    """A collection name that no other test has."""
-    return f"t_{uuid.uuid4().hex}"
+@pytest.fixture(scope="session", params=["server", "lite"])
+def uri(request):
+    """The address of the one, then of the other."""
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(scope="session")
+def collections():
+    """Empty indexes, made at the first use, as a server takes seconds to make one: (uri, settings) -> index."""
+    made = {}
+
+    def empty(uri, **options):
+        key = (uri, *sorted(options.items()))
+        if key not in made:
+            made[key] = MilvusDocumentIndex.create(uri, new_name(), **{"factory": "Flat", **options})
+        made[key].clear()
+        return made[key]
+
+    yield empty
+    for index in made.values():
+        index.close()
 
 
 @pytest.fixture
-def make(server, name):
-    """Make an index on the server that is dropped at the end of the test."""
+def make(server):
+    """Make an index of its own on the server."""
     made = []
 
     def create(**options):
-        made.append(MilvusDocumentIndex.create(server, name, **{"factory": "Flat", **options}))
+        made.append(MilvusDocumentIndex.create(server, new_name(), **{"factory": "Flat", **options}))
         return made[-1]
 
     yield create
     for index in made:
-        drop(server, name)
         index.close()
 
 
-def drop(uri, name):
-    """Drop a collection."""
-    from pymilvus import MilvusClient
-
-    MilvusClient(uri, token=TOKEN).drop_collection(name)
+def new_name():
+    """A collection's name that no other has."""
+    return f"t_{uuid.uuid4().hex}"

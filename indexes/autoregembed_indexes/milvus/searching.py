@@ -180,9 +180,8 @@ class SearchableCollection:
         chosen = []
         for query, line in zip(matrix, lines, strict=True):
             unit = normalise(query[None], ["query"])[0]
-            candidates = self._vectors_of(self._opened(), [key for key, _ in line])[:, : len(unit)]
-            if len(unit) < candidates.shape[1]:
-                candidates = stored_to_unit(candidates, len(unit))
+            vectors = self._vectors_of(self._opened(), [key for key, _ in line])
+            candidates = stored_to_unit(vectors, len(unit))
             chosen.append([line[pick] for pick in diversify(unit, candidates, k, lambda_mult)])
         return finding.hits(chosen)
 
