@@ -21,7 +21,7 @@ MOST_FIELD_BYTES = 65_000
 MOST_NAME = 100
 MOST_TEXT_BYTES = 64
 LARGEST = float.fromhex("0x1.fffffffffffffp+1023")
-# An entry that no key has, as '!' is quoted: this document's metadata are too many to compare.
+# An entry that no key has: this document's metadata are too many to compare.
 UNCOMPARED = {"!": 1.0}
 
 EVERYTHING = 'id >= ""'
@@ -98,8 +98,8 @@ def _add_nested(
 
 
 def _name(key: str) -> str:
-    """A key in letters that mean nothing in an expression or in a JSON pointer."""
-    quoted = quote(key, safe="").replace("~", "%7E")
+    """A key in letters that mean nothing in an expression or in a JSON pointer, and never empty."""
+    quoted = "k" + quote(key, safe="").replace("~", "%7E")
     return (
         quoted
         if len(quoted) <= MOST_NAME
