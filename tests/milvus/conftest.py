@@ -69,7 +69,7 @@ def collections():
     def empty(uri, **options):
         key = (uri, *sorted(options.items()))
         if key not in made:
-            made[key] = MilvusDocumentIndex.create(uri, new_name(), **{"factory": "Flat", **options})
+            made[key] = MilvusDocumentIndex.create(uri, _name(), **{"factory": "Flat", **options})
         made[key].clear()
         return made[key]
 
@@ -84,7 +84,7 @@ def make(server):
     made = []
 
     def create(**options):
-        made.append(MilvusDocumentIndex.create(server, new_name(), **{"factory": "Flat", **options}))
+        made.append(MilvusDocumentIndex.create(server, _name(), **{"factory": "Flat", **options}))
         return made[-1]
 
     yield create
@@ -92,6 +92,11 @@ def make(server):
         index.close()
 
 
+@pytest.fixture
 def new_name():
     """A collection's name that no other has."""
+    return _name()
+
+
+def _name():
     return f"t_{uuid.uuid4().hex}"

@@ -63,6 +63,7 @@ class AutoRegVectorStore(BasePydanticVectorStore):
     memory_budget: int | None = Field(default=None, frozen=True, description="Bytes for new vectors.")
     device: str = Field(default="auto", frozen=True, description="Where to search.")
     read_only: bool = Field(default=False, frozen=True, description="Search only.")
+    strong: bool = Field(default=False, frozen=True, description="See others' writes on a server at once.")
 
     _index: AnyIndex = PrivateAttr()
 
@@ -79,6 +80,7 @@ class AutoRegVectorStore(BasePydanticVectorStore):
         memory_budget: int | None = None,
         device: str = "auto",
         read_only: bool = False,
+        strong: bool = False,
         **fields: Any,
     ) -> None:
         """Open the index at `path` or `uri`, or make it if there is none.
@@ -97,6 +99,7 @@ class AutoRegVectorStore(BasePydanticVectorStore):
             memory_budget: bytes that a new index of factory "auto" may use for vectors; None for the default.
             device: where this store searches: "cpu", "cuda", "cuda:0" or "auto", see there.
             read_only: search only; the index must exist.
+            strong: on a server, see at once what other clients write, see `MilvusDocumentIndex.create`.
             **fields: the base class's own, as when LlamaIndex loads a store from a dict.
 
         Raises:
@@ -114,24 +117,22 @@ class AutoRegVectorStore(BasePydanticVectorStore):
             "collection_name": collection_name,
             "token": SecretStr(token) if isinstance(token, str) else token,
         }
-        for_folders: dict[str, Any] = {
-            "tokenizer": tokenizer,
-            "memory_budget": memory_budget,
-            "device": device,
-        }
-        fields |= {**where, **for_folders, "encoder": fingerprint, "factory": factory, "read_only": read_only}
-        super().__init__(**fields)
+        made_with = {"tokenizer": tokenizer, "memory_budget": memory_budget}
+        fields |= {**where, **made_with, "encoder": fingerprint, "factory": factory, "device": device}
+        super().__init__(**fields, read_only=read_only, strong=strong)
         kind, place = place_of(**where)
-        given = {name: value for name, value in for_folders.items() if value not in (None, "auto")}
-        if uri is not None and given:
-            raise ValueError(
-                f"{', '.join(given)} belong to an index in a folder; leave them out where there is a uri"
-            )
+        options: dict[str, Any] = {name: value for name, value in made_with.items() if value is not None}
+        misplaced = (
+            [*options, *(["device"] if device != "auto" else [])] if uri else ["strong"] if strong else []
+        )
+        if misplaced:
+            wrong = "a server" if uri is None else "an index in a folder"
+            raise ValueError(f"{', '.join(misplaced)} belong to {wrong}: leave them out")
+        here: dict[str, Any] = {"encoder": fingerprint, **({"strong": strong} if uri else {"device": device})}
         if (path, uri) != (None, None) and (read_only or kind.exists(**place)):
-            here = {"device": given["device"]} if "device" in given else {}
-            self._index = kind.open(**place, encoder=fingerprint, **here, read_only=read_only)
+            self._index = kind.open(**place, **here, read_only=read_only)
         else:
-            self._index = kind.create(**place, encoder=fingerprint, tokens=tokens, factory=factory, **given)
+            self._index = kind.create(**place, **here, tokens=tokens, factory=factory, **options)
         if not read_only:
             # Deleting a document looks for its nodes by this key; an index that has it stays as it is.
             self._index.create_metadata_index(REF_DOC_KEY)
@@ -171,7 +172,8 @@ class AutoRegVectorStore(BasePydanticVectorStore):
     def __reduce__(self) -> tuple[Any, ...]:
         if self.path is None and self.uri is None:
             raise TypeError("a vector store in memory cannot be pickled; make it with a path")
-        return _reopen, (self.path, self.uri, self.collection_name, self.encoder, self.device)
+        kept = ("path", "uri", "collection_name", "encoder", "device", "strong")
+        return _reopen, ({name: getattr(self, name) for name in kept},)
 
     @property
     def client(self) -> AnyIndex:
@@ -330,12 +332,8 @@ def _identity(encoder: str | AutoRegEncoder | None) -> tuple[str | None, int | N
     return encoder.fingerprint, encoder.num_tokens if encoder.config.pooling == "flatten" else None
 
 
-def _reopen(
-    path: str | None, uri: str | None, collection_name: str | None, encoder: str | None, device: str
-) -> AutoRegVectorStore:
-    return AutoRegVectorStore(
-        path, uri=uri, collection_name=collection_name, encoder=encoder, device=device, read_only=True
-    )
+def _reopen(kept: dict[str, Any]) -> AutoRegVectorStore:
+    return AutoRegVectorStore(**kept, read_only=True)
 
 
 def _refuse_unknown(options: dict[str, Any]) -> None:
