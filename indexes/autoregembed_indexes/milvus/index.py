@@ -184,6 +184,13 @@ class MilvusDocumentIndex(SearchableCollection):
             collection.delete_all()
         return count
 
+    def drop(self) -> None:
+        """Delete the index with all that is in it from the server, and close it."""
+        if self._writable():
+            with self._server.calls(f"drop the collection {self._name!r}"):
+                self._server.client.drop_collection(self._name)
+        self.close()
+
     def create_metadata_index(self, key: str) -> None:
         """Check a metadata key; a server finds what a filter names without an index of ours."""
         index_expression(key)

@@ -119,7 +119,8 @@ class AutoRegVectorStore(BasePydanticVectorStore):
         }
         made_with = {"tokenizer": tokenizer, "memory_budget": memory_budget}
         fields |= {**where, **made_with, "encoder": fingerprint, "factory": factory, "device": device}
-        super().__init__(**fields, read_only=read_only, strong=strong)
+        fields |= {"read_only": read_only, "strong": strong}
+        super().__init__(**fields)
         kind, place = place_of(**where)
         options: dict[str, Any] = {name: value for name, value in made_with.items() if value is not None}
         misplaced = (
