@@ -188,7 +188,7 @@ JSON = st.recursive(
 def test_whatever_goes_in_comes_out_equal(empty):
     seen = {name: (name, {name: name}) for name in NASTY}
 
-    @settings(max_examples=20, deadline=None, derandomize=True, database=None)
+    @settings(max_examples=40, deadline=None, derandomize=True, database=None)
     @given(st.dictionaries(TEXT, st.tuples(TEXT, st.dictionaries(TEXT, JSON, max_size=4)), max_size=8))
     def gather(documents):
         seen.update(documents)
@@ -196,7 +196,7 @@ def test_whatever_goes_in_comes_out_equal(empty):
     gather()
     documents = [Document(name, *content) for name, content in seen.items()]
     ids, texts, metadatas = zip(*documents, strict=True)
-    assert len(documents) > 50
+    assert len(documents) > 2 * len(NASTY)
     assert empty.add(np.ones((len(ids), 3)), texts, ids, metadatas) == list(ids)
     assert json.dumps(empty.get(ids)) == json.dumps(documents)
     hits = {hit.id: hit for hit in empty.search(np.ones((1, 3)), k=len(ids) + 5)[0]}

@@ -117,7 +117,7 @@ def test_the_widest_vectors_go_in_messages_that_a_server_takes(make, written):
     assert len(counts) == 2 and sum(counts) == count
     assert index.dimension == dimension and len(index) == count + 1
     assert [hit.id for hit in index.search(vectors[[848]], 1)[0]] == ["848"]
-    assert (index.vectors(ids).argmax(axis=1) == np.arange(count)).all()
+    assert (index.vectors(ids[-20:]).argmax(axis=1) == np.arange(count - 20, count)).all()
     [line] = index.search(vectors[:1, : dimension // 5], 3)
     assert line[0].score == pytest.approx(1) and {line[0].id, line[1].id} == {"0", "first"}
 

@@ -100,7 +100,7 @@ def test_a_store_makes_its_collection_at_the_first_add_and_is_opened_again(serve
     options = {"uri": server, "collection_name": new_name}
     with pytest.raises(FileNotFoundError, match="it has no collection"):
         LangChainStore(embeddings, **options, read_only=True)
-    store = LangChainStore(embeddings, **options, factory="Flat")
+    store = LangChainStore(embeddings, **options)
     store.add_texts(TEXTS, [{"n": number} for number in range(4)], ids=["a", "b", "c", "d"])
     assert store.index.encoder == encoder.fingerprint and store.index.tokens == encoder.num_compressed_tokens
     again = LangChainStore(embeddings, **options, read_only=True)

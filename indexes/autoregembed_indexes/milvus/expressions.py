@@ -25,7 +25,7 @@ LARGEST = float.fromhex("0x1.fffffffffffffp+1023")
 UNCOMPARED = {"!": 1.0}
 
 EVERYTHING = 'id >= ""'
-NOTHING = "id in []"
+NOTHING = 'id < ""'
 
 
 def comparable_fields(metadata: str) -> dict[str, Any]:
@@ -45,7 +45,7 @@ def expression_of(where: Filter | None) -> str:
     What a comparison by itself cannot rule out, such as `$ne` or a function, is left to the `Judge`.
     """
     found = None if where is None or callable(where) else _narrowed(where)
-    return "" if found is None else f'({found}) or exists fields["!"]'
+    return "" if found is None else f'({found}) or fields["!"] == 1.0'
 
 
 class Judge:

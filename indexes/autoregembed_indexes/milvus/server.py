@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
@@ -44,7 +45,11 @@ class Server:
         given = os.environ.get(TOKEN_VARIABLE, "") if token is None else token
         with self.calls("connect"):
             self.client: Client = client(uri, token=given, timeout=CONNECT_SECONDS)
-            self.version_text = str(self.client.get_server_version(timeout=CONNECT_SECONDS))
+            self.version_text = (
+                f"lite {version('milvus-lite')}"
+                if self.is_lite
+                else str(self.client.get_server_version(timeout=CONNECT_SECONDS))
+            )
 
     def close(self) -> None:
         """Let go of the connection, which pymilvus shares with others to the same server."""
@@ -130,9 +135,10 @@ def _import_client() -> Client:
             'MilvusDocumentIndex needs pymilvus: pip install "autoregembed-rag[scale]"'
         ) from error
     # pymilvus logs what it raises, with the whole traceback; here it is raised again as an error of ours.
-    log = logging.getLogger("pymilvus.decorators")
-    if _is_not_ours not in log.filters:
-        log.addFilter(_is_not_ours)
+    for name in ("decorators", "milvus_client.milvus_client"):
+        log = logging.getLogger(f"pymilvus.{name}")
+        if _is_not_ours not in log.filters:
+            log.addFilter(_is_not_ours)
     return MilvusClient
 
 
@@ -151,6 +157,7 @@ def _status(error: Any) -> tuple[str, str]:  # noqa: ANN401
     """gRPC's name of what went wrong, "" where it has none, and the reason in a line."""
     for each in (error.__cause__, error):
         if hasattr(each, "details"):
-            return each.code().name, " ".join(str(each.details()).split())[:400]
+            name = each.code().name
+            return name, " ".join(str(each.details()).split())[:400] or name
     code = "CONNECT_FAILED" if getattr(error, "code", None) == CONNECT_FAILED else ""
     return code, " ".join(str(getattr(error, "message", error)).split())[:400]
