@@ -214,9 +214,15 @@ class Collection:
             else self.kind.search_parameters(limit, thorough),
         }
         found: list[Line] = []
-        for start in range(0, len(data), step):
-            part = data[start : start + step]
-            answer = self._read("search", "search", data=self._queries(part), **options)
+        while len(found) < len(data):
+            part = data[len(found) : len(found) + step]
+            try:
+                answer = self._read("search", "search", data=self._queries(part), **options)
+            except TooLargeError:  # as where ids are very long
+                if step == 1:
+                    raise
+                step = min(step, len(part)) // 2 or 1
+                continue
             lines = [list(line) for line in answer] or [[]] * len(part)
             for line in lines:
                 if fields and rows is not None:
@@ -263,7 +269,7 @@ class Collection:
             own = (
                 len(key)
                 + len(text.encode())
-                + min(12 * len(metadata), 2 * MOST_BYTES)
+                + min(16 * len(metadata), 2 * MOST_BYTES)
                 + 4 * self.dimension
                 + 200
             )

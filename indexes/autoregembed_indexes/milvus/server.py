@@ -135,7 +135,7 @@ def _import_client() -> Client:
             'MilvusDocumentIndex needs pymilvus: pip install "autoregembed-rag[scale]"'
         ) from error
     # pymilvus logs what it raises, with the whole traceback; here it is raised again as an error of ours.
-    for name in ("decorators", "milvus_client.milvus_client"):
+    for name in ("decorators", "client.connection_manager", "milvus_client.milvus_client"):
         log = logging.getLogger(f"pymilvus.{name}")
         if _is_not_ours not in log.filters:
             log.addFilter(_is_not_ours)
