@@ -140,6 +140,12 @@ def test_the_longest_documents_come_back_in_messages_that_a_server_sends(make, w
     assert all(len(line) == 20 and all(hit.metadata["n"] >= count - 100 for hit in line) for line in found)
 
 
+def test_any_number_of_queries_is_searched(empty):
+    empty.add(np.eye(3), ["x", "y", "z"], ["x", "y", "z"])
+    found = empty.search(np.tile(np.eye(3), (6_000, 1)), 1)  # a server takes 16,384 in a message
+    assert [line[0].id for line in found] == ["x", "y", "z"] * 6_000
+
+
 def test_an_add_that_fails_half_way_says_how_many_are_stored_and_can_be_repeated(empty, monkeypatch):
     monkeypatch.setattr(messages, "MESSAGE_BYTES", 3_000)
     client, sent = empty._opened().server.client, []

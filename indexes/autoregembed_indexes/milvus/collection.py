@@ -31,6 +31,7 @@ ANALYZER = {
     "filter": ["lowercase", "asciifolding", {"type": "stemmer", "language": "english"}],
 }
 SETTINGS = "autoregembed"
+MOST_QUERIES = 16_384  # in a message
 SCORES_AT_ONCE = 2**18  # of all queries in one message
 
 
@@ -199,19 +200,18 @@ class Collection:
         """
         by_words = not isinstance(data, np.ndarray)
         fields = ["text", "metadata"] if rows is not None and limit * 3 * MOST_BYTES <= MESSAGE_BYTES else []
-        step = max(1, SCORES_AT_ONCE // limit)
+        step = max(1, min(MOST_QUERIES, SCORES_AT_ONCE // limit))
         if fields:
             step = min(step, MESSAGE_BYTES // (limit * 3 * MOST_BYTES))
         if not by_words:
             step = min(step, MESSAGE_BYTES // (4 * self.dimension))
+        parameters = {"metric_type": "BM25"} if by_words else self.kind.search_parameters(limit, thorough)
         options = {
             "filter": expression,
             "limit": limit,
             "output_fields": fields,
             "anns_field": "words" if by_words else "vector",
-            "search_params": {"metric_type": "BM25"}
-            if by_words
-            else self.kind.search_parameters(limit, thorough),
+            "search_params": parameters,
         }
         found: list[Line] = []
         while len(found) < len(data):

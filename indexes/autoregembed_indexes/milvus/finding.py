@@ -29,6 +29,7 @@ class Finding:
         self._expression = expression_of(where)
         self._verdicts: dict[str, bool] = {}
         self._rows: dict[str, Row] = {}
+        self._possible: int | None = None  # how many documents the expression leaves, once it matters
         self._keys = None if keys is None else self.matching(dict.fromkeys(keys))
 
     def best(self, queries: Queries, k: int) -> list[Line]:
@@ -40,10 +41,11 @@ class Finding:
         while unfinished:
             lines = self._search(_part(queries, unfinished), limit, self._expression)
             matching = set(self.matching({key for line in lines for key, _ in line}))
-            for position, line in zip(list(unfinished), lines, strict=True):
+            asked, unfinished = unfinished, []
+            for position, line in zip(asked, lines, strict=True):
                 found[position] = [(key, score) for key, score in line if key in matching][:k]
-                if len(found[position]) == k or self._is_all(queries, line, limit):
-                    unfinished.remove(position)
+                if len(found[position]) < k and not self._is_all(queries, line, limit):
+                    unfinished.append(position)
             if limit == MOST_HITS:
                 break
             limit = min(4 * limit, MOST_HITS)
@@ -106,7 +108,9 @@ class Finding:
             return False
         if self._collection.kind.exact or not isinstance(queries, np.ndarray):
             return True
-        return len(line) >= self._collection.count(self._expression)
+        if self._possible is None:
+            self._possible = self._collection.count(self._expression)
+        return len(line) >= self._possible
 
     def _completed(self, queries: Float32, lines: list[Line], k: int, keys: Sequence[str]) -> list[Line]:
         """Score here what an approximate index did not find of keys that it was given."""
