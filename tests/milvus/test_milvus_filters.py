@@ -51,7 +51,7 @@ def rows_of(where):
 
 
 def test_a_filter_finds_what_it_means(index):
-    @settings(max_examples=150, deadline=None, derandomize=True)
+    @settings(max_examples=80, deadline=None, derandomize=True)
     @given(FILTERS)
     def check(where):
         assert sorted(map(int, index.ids(where))) == rows_of(where)
@@ -62,13 +62,13 @@ def test_a_filter_finds_what_it_means(index):
 @pytest.mark.parametrize("name", sorted(BY_VALUE))
 def test_every_operator_means_the_same_for_every_value(index, name):
     if name in ("$in", "$nin", "$any", "$all"):
-        operands = [[], *([value] for value in SCALARS[::5]), SCALARS[:6], TEXTS[:8], NUMBERS]
+        operands = [[], *([value] for value in SCALARS[::9]), SCALARS[:6], TEXTS[:8], NUMBERS]
     elif name in ("$exists", "$empty"):
         operands = [True, False]
     else:
-        operands = TEXTS if name.startswith("$text") else SCALARS[::3]
+        operands = TEXTS[::2] if name.startswith("$text") else SCALARS[::5]
     if name in ("$gt", "$gte", "$lt", "$lte"):
-        operands = [*NUMBERS[::2], *TEXTS[::3], "a" * 300]
+        operands = [*NUMBERS[::3], *TEXTS[::4], "a" * 300]
     for operand in operands:
         for key in ("k", "k.l"):
             where = {key: {name: operand}}
@@ -79,7 +79,7 @@ def test_every_operator_means_the_same_for_every_value(index, name):
 def test_a_search_finds_the_best_of_those_that_match(index, k):
     unit = VECTORS / np.linalg.norm(VECTORS, axis=1, keepdims=True)
 
-    @settings(max_examples=30, deadline=None, derandomize=True)
+    @settings(max_examples=12, deadline=None, derandomize=True)
     @given(FILTERS)
     def check(where):
         rows = rows_of(where)

@@ -118,7 +118,7 @@ def test_info_says_what_it_is(filled, uri):
 def test_a_client_reads_its_own_writes(empty):
     """Not once, but every time: a server answers from a state that lags behind by as much as 0.2 seconds."""
     there = set()
-    for turn in range(8):
+    for turn in range(5):
         vector = np.eye(3)[[turn % 3]]
         name = f"turn {turn}"
         empty.add(vector, ["first"], [name])

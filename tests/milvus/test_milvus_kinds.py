@@ -15,9 +15,9 @@ VECTORS = CENTRES[np.arange(COUNT) % 40] + 0.2 * RANDOM.normal(size=(COUNT, DIME
 UNIT = VECTORS / np.linalg.norm(VECTORS, axis=1, keepdims=True)
 
 
-@pytest.fixture(scope="module", params=["IVF256,Flat", "HNSW8"])
-def index(request, server, collections):
-    made = collections(server, dimension=DIMENSION, factory=request.param)
+@pytest.fixture(scope="module")
+def index(server, collections):
+    made = collections(server, dimension=DIMENSION, factory="IVF256,Flat")
     ids = [str(row) for row in range(COUNT)]
     made.add(VECTORS, ids, ids, [{"bunch": row % 40, "rare": row % 300, "row": row} for row in range(COUNT)])
     # What a server has just got it searches whole: here it builds the index that it would build in time, and takes it.
