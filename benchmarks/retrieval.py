@@ -27,16 +27,17 @@ from typing import Annotated, Any
 import typer
 
 try:
+    from autoregembed_indexes import DocumentIndexError
     from autoregembed_indexes.kinds import DEFAULT_MEMORY_BUDGET, plan
     from autoregembed_rag import AutoRegEncoder, FrozenDecoder, GenerativeReranker
     from autoregembed_rag.cli_index import human_bytes
     from autoregembed_rag.finetuning.planning import duration
     from benchmarks.beir import BenchmarkDataError, RetrievalSet, limit_documents, load_folder, load_hub
-    from benchmarks.models import Bases, Candidate, Compares, Models, load_candidates
+    from benchmarks.models import HYBRID, Bases, Candidate, Compares, Models, load_candidates
     from benchmarks.pydoc import load_pydoc
     from benchmarks.report import bar_chart, environment, print_table, write_json
     from benchmarks.scoring import DEPTH, MEASURES, score_run
-    from benchmarks.systems import BM25, Dense, Reranked, System
+    from benchmarks.systems import BM25, Dense, OnMilvus, Reranked, System
 except ImportError as error:
     raise ImportError(f'{error}; the benchmarks need: pip install -e ".[faiss,bench]"') from error
 
@@ -66,7 +67,7 @@ class Result:
     measures: dict[str, float]
     documents_per_second: float | None
     ms_per_query: float
-    index_bytes: int
+    index_bytes: int | None
     details: dict[str, Any]
 
 
@@ -127,6 +128,14 @@ def main(
         int | None,
         typer.Option(min=1, help="Rank the best N anew by each model's decoder, too.", show_default=False),
     ] = None,
+    milvus: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URI",
+            help="Search on the Milvus server there, too: http://host:19530, its token in MILVUS_TOKEN.",
+            show_default=False,
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Draws the queries that are timed.")] = 0,
 ) -> None:
     """Measure retrieval: nDCG@10, Recall@100, MRR@10, speed and index size, for models and BM25."""
@@ -153,9 +162,12 @@ def main(
                 if len(data.documents) > LARGE:
                     print(forecast(system, data), flush=True)
                 results.append(evaluate(system, data, seed))
+                if milvus is not None and candidate.use != HYBRID:
+                    with closing(OnMilvus(system, milvus)) as elsewhere:
+                        results.append(evaluate(elsewhere, data, seed))
                 if rerank is not None and candidate.name in rerankers:
                     results.append(evaluate(Reranked(system, rerank, rerankers[candidate.name]), data, seed))
-    except (BenchmarkDataError, MemoryError) as error:
+    except (BenchmarkDataError, DocumentIndexError, MemoryError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(2) from None
     if len(data.documents) <= BM25_DOCUMENTS:
@@ -229,7 +241,7 @@ def _report(data: RetrievalSet, results: list[Result], out: Path, limit: int | N
                 *(f"{result.measures[name]:.4f}" for name in MEASURES),
                 "-" if result.documents_per_second is None else f"{result.documents_per_second:,.0f}",
                 f"{result.ms_per_query:.2f}",
-                human_bytes(result.index_bytes),
+                "-" if result.index_bytes is None else human_bytes(result.index_bytes),
             ]
             for result in results
         ],

@@ -1,6 +1,7 @@
 """What is compared: an embedding model with a `DocumentIndex`, and BM25. Both see the same strings."""
 
 import tempfile
+import uuid
 from collections import deque
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -12,7 +13,8 @@ import numpy as np
 import Stemmer
 from tqdm import tqdm
 
-from autoregembed_indexes import DocumentIndex, Hit
+from autoregembed_indexes import DocumentIndex, Hit, MilvusDocumentIndex
+from autoregembed_indexes.places import AnyIndex
 from autoregembed_rag import GenerativeReranker
 from benchmarks.beir import BenchmarkDataError, Document, Documents
 from benchmarks.models import HYBRID, Candidate
@@ -34,7 +36,7 @@ class System(Protocol):
     def resumed_at(self) -> int: ...  # documents that an earlier run has indexed
     def index(self, documents: Documents) -> None: ...
     def search(self, queries: Sequence[str], k: int) -> list[Ranking]: ...
-    def index_bytes(self) -> int: ...
+    def index_bytes(self) -> int | None: ...  # None where it lies elsewhere
     def details(self) -> dict[str, Any]: ...
 
 
@@ -93,7 +95,7 @@ class Dense:
         self.folder = folder
         self._batch_size = batch_size
         settings = {"dimension": encoder.dimension, "encoder": encoder.fingerprint}
-        self.documents = (
+        self.documents: AnyIndex = (
             DocumentIndex.open(folder, **settings)
             if DocumentIndex.exists(folder)
             else DocumentIndex.create(folder, **settings)
@@ -135,7 +137,7 @@ class Dense:
                 results += self.documents.search(vectors, k)
         return results
 
-    def index_bytes(self) -> int:
+    def index_bytes(self) -> int | None:
         """Bytes of the index's folder: vectors, texts, ids and their bookkeeping."""
         return folder_bytes(self.folder)
 
@@ -146,6 +148,51 @@ class Dense:
     def close(self) -> None:
         """Close the index."""
         self.documents.close()
+
+
+class OnMilvus(Dense):
+    """The same vectors and texts on a Milvus server, every one of them compared: it must find what `dense` finds.
+
+    They are read from the index of `dense`, so that adding them is all that indexing takes here.
+    """
+
+    resumed_at = 0
+
+    def __init__(self, dense: Dense, uri: str) -> None:
+        """`dense` has its documents already."""
+        self.name = f"{dense.name}, Milvus"
+        self.encoder = dense.encoder
+        self._candidate = dense._candidate
+        self._batch_size = dense._batch_size
+        self._dense = dense
+        settings: dict[str, Any] = {"dimension": self.encoder.dimension, "encoder": self.encoder.fingerprint}
+        self.documents = MilvusDocumentIndex.create(
+            uri, f"benchmark_{uuid.uuid4().hex}", factory="Flat", **settings
+        )
+
+    def index(self, documents: Documents) -> None:
+        """Add what the other has."""
+        rest = iter(documents)
+        with tqdm(total=len(documents), desc=f"{self.name}: documents", unit="doc") as progress:
+            while chunk := list(islice(rest, DOCUMENTS_PER_CHUNK)):
+                ids = [document.id for document in chunk]
+                self.documents.add(
+                    self._dense.documents.vectors(ids), [document.content for document in chunk], ids=ids
+                )
+                progress.update(len(chunk))
+
+    def index_bytes(self) -> None:
+        """The server does not tell."""
+
+    def details(self) -> dict[str, Any]:
+        """Which model this was, and what searched."""
+        info = self.documents.info()
+        return {**super().details(), **{name: info[name] for name in ("server", "kind", "vectors")}}
+
+    def close(self) -> None:
+        """Drop the collection."""
+        assert isinstance(self.documents, MilvusDocumentIndex)  # noqa: S101
+        self.documents.drop()
 
 
 class Reranked:
@@ -186,7 +233,7 @@ class Reranked:
         order = [best[place].id for place, _ in ranked] + [hit.id for hit in rest]
         return [(doc_id, -float(rank)) for rank, doc_id in enumerate(order)]
 
-    def index_bytes(self) -> int:
+    def index_bytes(self) -> int | None:
         """Bytes of the other's index, with the priors."""
         return self._dense.index_bytes()
 

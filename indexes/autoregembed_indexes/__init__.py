@@ -13,8 +13,10 @@ from autoregembed_indexes.errors import (
     IndexDamagedError,
     IndexLockedError,
     IndexMismatchError,
+    IndexMissingError,
 )
 from autoregembed_indexes.index import DocumentIndex
+from autoregembed_indexes.milvus import MilvusDocumentIndex
 from autoregembed_indexes.records import Document, Hit
 from autoregembed_indexes.store import Filter
 
@@ -27,4 +29,6 @@ __all__ = [
     "IndexDamagedError",
     "IndexLockedError",
     "IndexMismatchError",
+    "IndexMissingError",
+    "MilvusDocumentIndex",
 ]

@@ -9,6 +9,10 @@ class IndexMismatchError(DocumentIndexError, ValueError):
     """The vectors, or the encoder they come from, do not belong to this index."""
 
 
+class IndexMissingError(DocumentIndexError, FileNotFoundError):
+    """There is no index where one should be opened."""
+
+
 class IndexLockedError(DocumentIndexError):
     """Another writer holds the index."""
 

@@ -80,7 +80,7 @@ def round_for_storage(matrix: NDArray[np.generic], ids: Sequence[str]) -> Callab
     return wait
 
 
-def stored_to_unit(stored: Float16, width: int) -> Float32:
+def stored_to_unit(stored: Float16 | Float32, width: int) -> Float32:
     """Scale the first `width` entries of stored rows [n, d] to unit length, in float32; zeros stay zeros.
 
     Raises ValueError for NaN or infinity.

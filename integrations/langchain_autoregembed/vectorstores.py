@@ -14,8 +14,10 @@ from langchain_core.embeddings import Embeddings
 from langchain_core.runnables import run_in_executor
 from langchain_core.vectorstores import VectorStore
 from numpy.typing import NDArray
+from pydantic import SecretStr
 
 from autoregembed_indexes import DocumentIndex, Filter
+from autoregembed_indexes.places import AnyIndex, place_of
 from langchain_autoregembed.documents import (
     own_filter,
     refuse_reserved,
@@ -40,12 +42,12 @@ class _ArrayEmbeddings(Protocol):
 
 
 class AutoRegVectorStore(VectorStore):
-    """Documents and their vectors in a folder, or in memory, searched by cosine, by words, or by both.
+    """Documents and their vectors in a folder, in memory or on a Milvus server, searched by cosine, by words, or both.
 
     When a call that adds or deletes returns, the change is on disk. The same folder serves LlamaIndex
     (`llama_index.vector_stores.autoregembed`). One store at a time may write to a folder, any number may
-    read it with `read_only=True`. The async methods run in a thread. Pickling keeps the path, and the copy
-    opens read-only.
+    read it with `read_only=True`; on a server, any number may write. The async methods run in a thread. Pickling
+    keeps the path, or the address without its token, and the copy opens read-only.
 
     A `filter` is a dict such as {"lang": "en", "year": {"$gte": 2000}}, in the operators of
     `DocumentIndex.search`, or, slower, a function from metadata to bool. Only what matches is ranked: fewer
@@ -62,24 +64,32 @@ class AutoRegVectorStore(VectorStore):
         embedding: Embeddings,
         path: str | PathLike[str] | None = None,
         *,
+        uri: str | None = None,
+        collection_name: str | None = None,
+        token: str | SecretStr | None = None,
         read_only: bool = False,
         **index_options: Any,
     ) -> None:
-        """Open the index at `path`, or make it if there is none.
+        """Open the index at `path` or `uri`, or make it if there is none.
 
         Args:
             embedding: any LangChain embeddings. Those of this package record their fingerprint in the index;
                 for others, `encoder="a name of your own"` does.
-            path: a folder; None keeps everything in memory.
+            path: a folder; None, without a `uri`, keeps everything in memory.
+            uri: a Milvus server instead, "http://host:19530" (see `MilvusDocumentIndex`).
+            collection_name: where on the server, "autoregembed" by default.
+            token: the server's, "user:password" or an API key; None takes the environment variable MILVUS_TOKEN.
             read_only: search only; the index must exist.
-            **index_options: see `DocumentIndex.create`. `factory`, `tokenizer` and `memory_budget` are for
-                a new index; one that exists keeps its own.
+            **index_options: see `DocumentIndex.create` and `MilvusDocumentIndex.create`. `factory`, `tokenizer` and
+                `memory_budget` are for a new index; one that exists keeps its own.
 
         Raises:
-            ImportError: FAISS is missing.
+            ImportError: FAISS is missing, or for a `uri` pymilvus.
             IndexMismatchError: the index was built by another encoder; both are named.
             IndexLockedError: another store has the folder open for writing.
-            FileNotFoundError: `read_only`, and there is no index at `path`.
+            FileNotFoundError: `read_only`, and there is no index at `path` or `uri`.
+            DocumentIndexError: no server answers at `uri`, or it refuses the token.
+            ValueError: `path` and `uri` together, or a server's option without a `uri`.
             TypeError: an option is unknown, or the embeddings settle it.
         """
         self.embedding = embedding
@@ -87,7 +97,8 @@ class AutoRegVectorStore(VectorStore):
         settings = arrays._index_settings() if arrays else {}
         self._embed_documents = arrays._embed_documents_array if arrays else embedding.embed_documents
         self._embed_query = arrays._embed_query_array if arrays else embedding.embed_query
-        self.index = _open_or_create(path, settings, index_options, read_only=read_only)
+        kind, place = place_of(path, uri, collection_name, token)
+        self.index = _open_or_create(kind, place, settings, index_options, read_only=read_only)
 
     @property
     def embeddings(self) -> Embeddings:
@@ -380,24 +391,27 @@ class AutoRegVectorStore(VectorStore):
 
 
 def _open_or_create(
-    path: str | PathLike[str] | None,
+    kind: type[AnyIndex],
+    place: dict[str, Any],
     settings: Mapping[str, Any],
     options: Mapping[str, Any],
     *,
     read_only: bool,
-) -> DocumentIndex:
+) -> AnyIndex:
     """`settings` are the embeddings' own, `options` the user's."""
-    known = inspect.signature(DocumentIndex.create).parameters.keys() - settings.keys() - {"path"}
+    placed = {"path", "uri", "collection_name", "token"}
+    known = inspect.signature(kind.create).parameters.keys() - settings.keys() - placed
     if unknown := sorted(options.keys() - known):
         raise TypeError(f"unknown options {unknown}: an index with these embeddings takes {sorted(known)}")
-    if path is None and read_only:
+    in_memory = kind is DocumentIndex and place["path"] is None
+    if in_memory and read_only:
         raise ValueError("read_only needs a path: a new store in memory would have nothing to read")
-    if path is None or not (read_only or DocumentIndex.exists(path)):
-        return DocumentIndex.create(path, **settings, **options)
+    if in_memory or not (read_only or kind.exists(**place)):
+        return kind.create(**place, **settings, **options)
     # Not the embeddings' dimension: with fewer tokens than the index has, they may still search it.
     offered = {"encoder": settings.get("encoder"), **options}
-    taken = inspect.signature(DocumentIndex.open).parameters.keys() & offered.keys()
-    return DocumentIndex.open(path, read_only=read_only, **{name: offered[name] for name in taken})
+    taken = inspect.signature(kind.open).parameters.keys() & offered.keys()
+    return kind.open(**place, read_only=read_only, **{name: offered[name] for name in taken})
 
 
 def _as_row(vector: Vector) -> NDArray[np.float32]:

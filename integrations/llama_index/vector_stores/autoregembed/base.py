@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from fsspec.implementations.local import LocalFileSystem  # type: ignore[import-untyped]
-from llama_index.core.bridge.pydantic import Field, PrivateAttr
+from llama_index.core.bridge.pydantic import Field, PrivateAttr, SecretStr
 from llama_index.core.schema import BaseNode
 from llama_index.core.vector_stores.simple import DEFAULT_VECTOR_STORE, NAMESPACE_SEP
 from llama_index.core.vector_stores.types import (
@@ -23,6 +23,7 @@ from llama_index.core.vector_stores.types import (
 )
 
 from autoregembed_indexes import DocumentIndex
+from autoregembed_indexes.places import AnyIndex, place_of
 from llama_index.vector_stores.autoregembed.filters import compile_filters
 from llama_index.vector_stores.autoregembed.nodes import REF_DOC_KEY, node_to_row, row_to_node
 from llama_index.vector_stores.autoregembed.queries import search
@@ -35,7 +36,7 @@ DEFAULT_PERSIST_PATH = f"{DEFAULT_PERSIST_DIR}/{DEFAULT_VECTOR_STORE}{NAMESPACE_
 
 
 class AutoRegVectorStore(BasePydanticVectorStore):
-    """Nodes and their vectors in a folder, or in memory, searched by vector, by words, or by both.
+    """Nodes and their vectors in a folder, in memory or on a Milvus server, searched by vector, by words, or by both.
 
     Query modes are "default", "text_search", "hybrid" and "mmr"; filters are all that MetadataFilters can say,
     and apply before nodes are ranked. No docstore is needed: nodes come back whole, relationships included.
@@ -43,7 +44,8 @@ class AutoRegVectorStore(BasePydanticVectorStore):
     When a call that adds or deletes returns, the change is on disk, so that a store with a path needs no
     `persist`; one in memory writes itself to a folder then. The same folder serves LangChain
     (`langchain_autoregembed`). One store at a time may write to a folder, any number may read it with
-    `read_only=True`. The async methods run in a thread. Pickling keeps the path, and the copy opens read-only.
+    `read_only=True`; on a server, any number may write. The async methods run in a thread. Pickling keeps the path, or
+    the address without its token, and the copy opens read-only.
 
         store = AutoRegVectorStore("index")
         index = VectorStoreIndex.from_vector_store(store, embed_model=AutoRegEmbedding())
@@ -51,58 +53,87 @@ class AutoRegVectorStore(BasePydanticVectorStore):
     """
 
     stores_text: bool = True
-    path: str | None = Field(default=None, frozen=True, description="A folder; None: in memory.")
+    path: str | None = Field(default=None, frozen=True, description="A folder; None: in memory, or at uri.")
+    uri: str | None = Field(default=None, frozen=True, description="A Milvus server's address.")
+    collection_name: str | None = Field(default=None, frozen=True, description="Where on the server.")
+    token: SecretStr | None = Field(default=None, frozen=True, exclude=True, description="The server's.")
     encoder: str | None = Field(default=None, frozen=True, description="Fingerprint of the vectors' encoder.")
     factory: str = Field(default="auto", frozen=True, description="How a new index searches.")
     tokenizer: str | None = Field(default=None, frozen=True, description="How a new index splits words.")
     memory_budget: int | None = Field(default=None, frozen=True, description="Bytes for new vectors.")
     device: str = Field(default="auto", frozen=True, description="Where to search.")
     read_only: bool = Field(default=False, frozen=True, description="Search only.")
+    strong: bool = Field(default=False, frozen=True, description="See others' writes on a server at once.")
 
-    _index: DocumentIndex = PrivateAttr()
+    _index: AnyIndex = PrivateAttr()
 
     def __init__(
         self,
         path: str | PathLike[str] | None = None,
         *,
+        uri: str | None = None,
+        collection_name: str | None = None,
+        token: str | SecretStr | None = None,
         encoder: str | AutoRegEncoder | None = None,
         factory: str = "auto",
         tokenizer: str | None = None,
         memory_budget: int | None = None,
         device: str = "auto",
         read_only: bool = False,
+        strong: bool = False,
         **fields: Any,
     ) -> None:
-        """Open the index at `path`, or make it if there is none.
+        """Open the index at `path` or `uri`, or make it if there is none.
 
         Args:
-            path: a folder; None keeps everything in memory.
+            path: a folder; None, without a `uri`, keeps everything in memory.
+            uri: a Milvus server instead, "http://host:19530" (see `MilvusDocumentIndex`).
+            collection_name: where on the server, "autoregembed" by default.
+            token: the server's, "user:password" or an API key; None takes the environment variable MILVUS_TOKEN. It is
+                not written anywhere.
             encoder: the encoder of the vectors, or its fingerprint. A vector store never sees the model, so
                 without it only the dimension, taken from the first `add`, is checked.
-            factory: how a new index searches, see `DocumentIndex.create`; an index that is there stays as it is.
+            factory: how a new index searches, see `DocumentIndex.create` or `MilvusDocumentIndex.create`; an index that
+                is there stays as it is.
             tokenizer: how a new index splits texts into words, see there; None for its default.
             memory_budget: bytes that a new index of factory "auto" may use for vectors; None for the default.
             device: where this store searches: "cpu", "cuda", "cuda:0" or "auto", see there.
             read_only: search only; the index must exist.
+            strong: on a server, see at once what other clients write, see `MilvusDocumentIndex.create`.
             **fields: the base class's own, as when LlamaIndex loads a store from a dict.
 
         Raises:
-            ImportError: FAISS is missing.
+            ImportError: FAISS is missing, or for a `uri` pymilvus.
             IndexMismatchError: the index was built by another encoder; both are named.
             IndexLockedError: another store has the folder open for writing.
-            FileNotFoundError: `read_only`, and there is no index at `path`.
+            FileNotFoundError: `read_only`, and there is no index at `path` or `uri`.
+            DocumentIndexError: no server answers at `uri`, or it refuses the token.
+            ValueError: options of a folder and of a server together.
         """
         fingerprint, tokens = _identity(encoder)
-        folder = None if path is None else fspath(path)
-        made_with = {"factory": factory, "tokenizer": tokenizer, "memory_budget": memory_budget}
-        here: dict[str, Any] = {"encoder": fingerprint, "device": device}
-        fields |= {"path": folder, "read_only": read_only, **here, **made_with}
+        where: dict[str, Any] = {
+            "path": None if path is None else fspath(path),
+            "uri": uri,
+            "collection_name": collection_name,
+            "token": SecretStr(token) if isinstance(token, str) else token,
+        }
+        made_with = {"tokenizer": tokenizer, "memory_budget": memory_budget}
+        fields |= {**where, **made_with, "encoder": fingerprint, "factory": factory, "device": device}
+        fields |= {"read_only": read_only, "strong": strong}
         super().__init__(**fields)
-        if folder is not None and (read_only or DocumentIndex.exists(folder)):
-            self._index = DocumentIndex.open(folder, **here, read_only=read_only)
+        kind, place = place_of(**where)
+        options: dict[str, Any] = {name: value for name, value in made_with.items() if value is not None}
+        misplaced = (
+            [*options, *(["device"] if device != "auto" else [])] if uri else ["strong"] if strong else []
+        )
+        if misplaced:
+            wrong = "a server" if uri is None else "an index in a folder"
+            raise ValueError(f"{', '.join(misplaced)} belong to {wrong}: leave them out")
+        here: dict[str, Any] = {"encoder": fingerprint, **({"strong": strong} if uri else {"device": device})}
+        if (path, uri) != (None, None) and (read_only or kind.exists(**place)):
+            self._index = kind.open(**place, **here, read_only=read_only)
         else:
-            options: dict[str, Any] = {name: value for name, value in made_with.items() if value is not None}
-            self._index = DocumentIndex.create(folder, **here, tokens=tokens, **options)
+            self._index = kind.create(**place, **here, tokens=tokens, factory=factory, **options)
         if not read_only:
             # Deleting a document looks for its nodes by this key; an index that has it stays as it is.
             self._index.create_metadata_index(REF_DOC_KEY)
@@ -140,17 +171,18 @@ class AutoRegVectorStore(BasePydanticVectorStore):
         return "AutoRegVectorStore"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        if self.path is None:
+        if self.path is None and self.uri is None:
             raise TypeError("a vector store in memory cannot be pickled; make it with a path")
-        return _reopen, (self.path, self.encoder, self.device)
+        kept = ("path", "uri", "collection_name", "encoder", "device", "strong")
+        return _reopen, ({name: getattr(self, name) for name in kept},)
 
     @property
-    def client(self) -> DocumentIndex:
+    def client(self) -> AnyIndex:
         """The index behind the store."""
         return self._index
 
     def close(self) -> None:
-        """Let another store write to the folder; a store in memory is gone."""
+        """Let another store write to the folder, or the server's connection go; a store in memory is gone."""
         self._index.close()
 
     def add(self, nodes: Sequence[BaseNode], **kwargs: Any) -> list[str]:
@@ -244,13 +276,13 @@ class AutoRegVectorStore(BasePydanticVectorStore):
     def persist(self, persist_path: str = DEFAULT_PERSIST_PATH, fs: Any = None) -> None:
         """Write a store in memory to the folder `persist_path`, replacing what an earlier call wrote there.
 
-        `from_persist_path` opens it. A store with a path is on disk already, and stays at its path. What is
+        `from_persist_path` opens it. A store with a path or a uri is written already, and stays there. What is
         written is what was stored, but for the last digit of a vector's entries at very few dimensions.
 
         Raises ValueError for an `fs` that is not local, FileExistsError when there is something else at
         `persist_path`, IndexMismatchError when there is an index of another encoder or dimension.
         """
-        if self.path is None:
+        if isinstance(self._index, DocumentIndex) and self.path is None:
             _refuse_remote(fs)
             _write(self._index, persist_path)
 
@@ -301,8 +333,8 @@ def _identity(encoder: str | AutoRegEncoder | None) -> tuple[str | None, int | N
     return encoder.fingerprint, encoder.num_tokens if encoder.config.pooling == "flatten" else None
 
 
-def _reopen(path: str, encoder: str | None, device: str) -> AutoRegVectorStore:
-    return AutoRegVectorStore(path, encoder=encoder, device=device, read_only=True)
+def _reopen(kept: dict[str, Any]) -> AutoRegVectorStore:
+    return AutoRegVectorStore(**kept, read_only=True)
 
 
 def _refuse_unknown(options: dict[str, Any]) -> None:

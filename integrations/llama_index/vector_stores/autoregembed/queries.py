@@ -10,7 +10,8 @@ import numpy as np
 from llama_index.core.vector_stores.types import VectorStoreQuery, VectorStoreQueryMode
 from numpy.typing import NDArray
 
-from autoregembed_indexes import DocumentIndex, Hit
+from autoregembed_indexes import Hit
+from autoregembed_indexes.places import AnyIndex
 from llama_index.vector_stores.autoregembed.filters import compile_filters
 from llama_index.vector_stores.autoregembed.nodes import REF_DOC_KEY
 
@@ -23,7 +24,7 @@ _OPTIONS: dict[VectorStoreQueryMode, tuple[str, ...]] = {
 }
 
 
-def search(index: DocumentIndex, query: VectorStoreQuery, options: Mapping[str, Any]) -> list[Hit]:
+def search(index: AnyIndex, query: VectorStoreQuery, options: Mapping[str, Any]) -> list[Hit]:
     """The hits of a query in its mode, best first; see `AutoRegVectorStore.query`."""
     mode = VectorStoreQueryMode(query.mode)
     if mode not in _SEARCHES:
@@ -40,7 +41,7 @@ def search(index: DocumentIndex, query: VectorStoreQuery, options: Mapping[str, 
 
 
 def _nearest(
-    index: DocumentIndex,
+    index: AnyIndex,
     query: VectorStoreQuery,
     among: dict[str, Any],
     num_tokens: int | None = None,
@@ -50,12 +51,12 @@ def _nearest(
     return index.search(vector, k, num_tokens=num_tokens, fetch_k=fetch_k, **among)[0]
 
 
-def _worded(index: DocumentIndex, query: VectorStoreQuery, among: dict[str, Any]) -> list[Hit]:
+def _worded(index: AnyIndex, query: VectorStoreQuery, among: dict[str, Any]) -> list[Hit]:
     return index.search_text(_text(query), query.sparse_top_k or query.similarity_top_k, **among)
 
 
 def _fused(
-    index: DocumentIndex, query: VectorStoreQuery, among: dict[str, Any], num_tokens: int | None = None
+    index: AnyIndex, query: VectorStoreQuery, among: dict[str, Any], num_tokens: int | None = None
 ) -> list[Hit]:
     alpha = _fraction("alpha", DEFAULT_ALPHA if query.alpha is None else query.alpha)
     k = query.hybrid_top_k or query.similarity_top_k
@@ -72,7 +73,7 @@ def _fused(
 
 
 def _diverse(
-    index: DocumentIndex,
+    index: AnyIndex,
     query: VectorStoreQuery,
     among: dict[str, Any],
     num_tokens: int | None = None,
