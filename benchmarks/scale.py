@@ -90,7 +90,7 @@ def measure_loading(folder: Path, rounds: int) -> dict[str, Any]:
     for number in range(rounds):
         for system in (LOAD, ADD)[:: 1 if number % 2 else -1]:
             with DocumentIndex.create(folder / "index", dimension=vectors.shape[1]) as index:
-                start = time.perf_counter()
+                start, worked = time.perf_counter(), time.process_time()
                 if system == LOAD:
                     from_shards(index, folder / "shards")
                 else:
@@ -98,6 +98,7 @@ def measure_loading(folder: Path, rounds: int) -> dict[str, Any]:
                         part = slice(begin, begin + 2048)
                         index.add(vectors[part], texts[part], ids[part], metadatas[part])
                 measures.put(RATE, RATE, system, len(ids) / (time.perf_counter() - start))
+                measures.put(CPU, "s", system, time.process_time() - worked)
             shutil.rmtree(folder / "index")
     return {"documents": len(ids), "dimension": vectors.shape[1], "measures": measures.record(LOAD)}
 
@@ -197,6 +198,9 @@ def main(
         list[str] | None, typer.Option(help="encoding, loading, memory, machines; repeatable. Default: all.")
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Turns of each.")] = 5,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Of the model; 1 measures best where others work, too.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Where JSON and table go.")] = Path("results/scale"),
 ) -> None:
     """Measure encoding in shards and loading them."""
@@ -207,6 +211,7 @@ def main(
         "machines": lambda folder: measure_machines(folder, rounds),
     }
     chosen = only or list(parts)
+    torch.set_num_threads(threads or torch.get_num_threads())
     if unknown := [name for name in chosen if name not in parts]:
         raise typer.BadParameter(f"there is no {unknown[0]!r}: choose from {', '.join(parts)}")
     file = out / "results.json"
