@@ -50,6 +50,9 @@ def load(
         ),
     ] = None,
     factory: Annotated[str, typer.Option(help="How a new index searches, as FAISS writes it.")] = "auto",
+    num_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Load only the first J compressed tokens.", show_default=False)
+    ] = None,
 ) -> None:
     """Load encoded shards into an index; documents whose id is there are replaced.
 
@@ -67,7 +70,7 @@ def load(
         from .sharding.loading import add_shards, checked_manifest
 
         place = Place(from_shards)
-        manifest = checked_manifest(place)
+        manifest = checked_manifest(place, num_tokens)
         with _index(manifest, folder, milvus, collection, token, factory) as opened:
             add_shards(opened, place, manifest, show_progress=True)
             held = len(opened)
@@ -90,7 +93,7 @@ def _index(
     where: tuple[str | os.PathLike[str], ...] = (folder or "",)
     credentials: dict[str, Any] = {}
     if milvus is not None:
-        kind = indexes.MilvusDocumentIndex  # type: ignore[attr-defined]
+        kind = indexes.MilvusDocumentIndex
         where, credentials = (milvus, collection), {"token": token}
     expected = {"dimension": manifest.dimension, "encoder": manifest.encoder}
     if kind.exists(*where, **credentials):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -129,3 +130,17 @@ def recorded_config(folder: Path, vocabulary: Mapping[str, int]) -> AutoRegConfi
             "To start from a plain language model use AutoRegEncoder.from_base(...) and train it"
         )
     return AutoRegConfig(num_compressed_tokens=k)
+
+
+def check_num_tokens(num_tokens: int, tokens: int) -> int:
+    """`num_tokens`, where it can be a number of the first of `tokens`.
+
+    Raises:
+        TypeError: it is no integer.
+        ValueError: it is not between 1 and `tokens`.
+    """
+    if isinstance(num_tokens, bool) or not isinstance(num_tokens, Integral):
+        raise TypeError(f"num_tokens must be an integer between 1 and {tokens}, not {num_tokens!r}")
+    if not 1 <= num_tokens <= tokens:
+        raise ValueError(f"num_tokens must be between 1 and {tokens}, not {num_tokens}")
+    return int(num_tokens)

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from .card import remove_card, write_card
-from .config import AutoRegConfig, Pooling
+from .config import AutoRegConfig, Pooling, check_num_tokens
 from .fingerprint import encoder_fingerprint
 from .history import read_history
 from .last_layer import restrict_last_layer
@@ -37,7 +37,7 @@ from .loading import (
     untrained_config,
 )
 from .passes import Passes
-from .pooling import check_num_tokens, first_tokens, pool
+from .pooling import first_tokens, pool
 from .prompt import PromptBuilder, Prompts, check_texts, collect_cut
 from .weights import (
     checkpoint_config,

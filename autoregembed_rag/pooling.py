@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from .config import Pooling
+from .config import Pooling, check_num_tokens
 
 Vectors = TypeVar("Vectors", NDArray[np.float32], Tensor)
 
@@ -33,20 +33,6 @@ def first_tokens(vectors: Vectors, tokens: int, num_tokens: int) -> Vectors:
     """The first `num_tokens` of the `tokens` blocks of flattened rows, scaled by sqrt(tokens / num_tokens)."""
     width = vectors.shape[-1] // tokens * num_tokens
     return vectors[..., :width] * math.sqrt(tokens / num_tokens)
-
-
-def check_num_tokens(num_tokens: int, tokens: int) -> int:
-    """`num_tokens`, where it can be a number of the first of `tokens`.
-
-    Raises:
-        TypeError: it is no integer.
-        ValueError: it is not between 1 and `tokens`.
-    """
-    if isinstance(num_tokens, bool) or not isinstance(num_tokens, (int, np.integer)):
-        raise TypeError(f"num_tokens must be an integer between 1 and {tokens}, not {num_tokens!r}")
-    if not 1 <= num_tokens <= tokens:
-        raise ValueError(f"num_tokens must be between 1 and {tokens}, not {num_tokens}")
-    return int(num_tokens)
 
 
 def truncate(vectors: ArrayLike, tokens: int, num_tokens: int) -> NDArray[np.float32]:

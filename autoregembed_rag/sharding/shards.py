@@ -36,7 +36,7 @@ def read_shards(folder: str | os.PathLike[str]) -> Iterator[Batch]:
     place = Place(folder)
     manifest = complete_manifest(place)
     for shard in manifest.shards or []:
-        yield from read_shard(place, manifest, shard)
+        yield from read_shard(place, shard)
 
 
 def complete_manifest(folder: Place) -> Manifest:
@@ -65,7 +65,7 @@ def complete_manifest(folder: Place) -> Manifest:
     return manifest
 
 
-def read_shard(folder: Place, manifest: Manifest, shard: Shard) -> Iterator[Batch]:
+def read_shard(folder: Place, shard: Shard) -> Iterator[Batch]:
     """The documents of one shard, once its checksum was found right; ValueError if it is not."""
     parquet = needed("pyarrow.parquet")
     place = folder / shard.file
@@ -76,8 +76,7 @@ def read_shard(folder: Place, manifest: Manifest, shard: Shard) -> Iterator[Batc
         for number in range(table.metadata.num_row_groups):
             columns = table.read_row_group(number).combine_chunks()
             ids, texts, metadatas = (columns[name].to_pylist() for name in ("id", "text", "metadata"))
-            flat = columns["vector"].combine_chunks().flatten().to_numpy()
-            vectors = flat.reshape(-1, manifest.dimension)
+            vectors = columns["vector"].combine_chunks().flatten().to_numpy().reshape(len(ids), -1)
             yield Batch(ids, texts, [json.loads(metadata) for metadata in metadatas], vectors)
 
 

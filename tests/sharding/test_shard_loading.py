@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from autoregembed_indexes import DocumentIndex
 from autoregembed_rag.cli import app
+from autoregembed_rag.pooling import truncate
 from autoregembed_rag.sharding import from_shards, read_shards
 
 
@@ -42,6 +43,20 @@ def test_a_loaded_index_is_as_if_added(shards, documents, encoder, tmp_path):
         (expected,), (found,) = added.search(query, 20), loaded.search(query, 20)
         assert np.allclose([hit.score for hit in found], [hit.score for hit in expected], atol=1e-3)
         assert len({hit.id for hit in found} & {hit.id for hit in expected}) >= 19
+
+
+def test_fewer_tokens_are_loaded_as_if_no_more_had_been_encoded(shards, encoder, tmp_path):
+    assert command("index", tmp_path / "few", "--from-shards", shards, "--num-tokens", 2).exit_code == 0
+    with DocumentIndex.open(tmp_path / "few") as few, DocumentIndex.create() as whole:
+        assert (few.tokens, few.dimension, few.encoder) == (2, 64, encoder.fingerprint)
+        from_shards(whole, shards)
+        ids = sorted(whole.ids())
+        expected = truncate(whole.vectors(ids), 5, 2)
+        assert np.allclose(few.vectors(ids), expected, atol=1e-3)
+        with pytest.raises(ValueError, match="num_tokens must be between 1 and 5, not 6"):
+            from_shards(whole, shards, num_tokens=6)
+        with pytest.raises(ValueError, match="dimension 64, the index of dimension 160"):
+            from_shards(whole, shards, num_tokens=2)
 
 
 def test_both_spellings_of_the_command_make_or_fill_an_index(shards, encoder, tmp_path):
