@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from shard_files import make_documents, rows_of, write_lines
 
 from autoregembed_rag import AutoRegEncoder
@@ -36,7 +37,9 @@ def test_kill_9_loses_no_finished_part(run, tiny_checkpoint, tmp_path):
     source = write_lines(tmp_path / "corpus.jsonl", make_documents(6000))
     settings = {"model": str(tiny_checkpoint), "dtype": "float32", "part_bytes": 100_000}
     call = f"encode_shards({str(source)!r}, {str(tmp_path / 'shards')!r}, **{settings})"
-    program = f"from autoregembed_rag.sharding import encode_shards; {call}"
+    # As many threads as here: sums of floats depend on it.
+    threads = f"import torch; torch.set_num_threads({torch.get_num_threads()})"
+    program = f"{threads}; from autoregembed_rag.sharding import encode_shards; {call}"
     process = subprocess.Popen([sys.executable, "-c", program])  # noqa: S603
     while len(records(tmp_path / "shards")) < 2:
         assert process.poll() is None
