@@ -43,6 +43,20 @@ def check_weights(weights: Sequence[float]) -> None:
         )
 
 
+def paired_texts(queries: Sequence[str], count: int) -> list[str]:
+    """Check the query texts that belong to `count` query vectors, and copy them."""
+    texts = text_list(queries, "queries")
+    if len(texts) != count:
+        raise ValueError(f"{count} query vectors but {len(texts)} query texts")
+    return texts
+
+
+def check_lambda(lambda_mult: float) -> None:
+    """Raise ValueError for a weight of nearness that is no share."""
+    if not 0 <= lambda_mult <= 1:
+        raise ValueError(f"lambda_mult must be between 0 and 1, got {lambda_mult}")
+
+
 def check_k(k: int, name: str = "k") -> int:
     """Check a number of hits."""
     k = operator.index(k)

@@ -13,7 +13,15 @@ from typing import Any, overload
 import numpy as np
 from numpy.typing import ArrayLike
 
-from autoregembed_indexes.arguments import check_k, check_weights, coarse_depth, id_list, text_list
+from autoregembed_indexes.arguments import (
+    check_k,
+    check_lambda,
+    check_weights,
+    coarse_depth,
+    id_list,
+    paired_texts,
+    text_list,
+)
 from autoregembed_indexes.copies import VectorCopy
 from autoregembed_indexes.errors import DocumentIndexError
 from autoregembed_indexes.gpu import Gpus
@@ -188,9 +196,7 @@ class SearchableIndex:
         max(100, 10 k) candidates, or `fetch_k` if that is more.
         """
         matrix = as_matrix(vectors, "query vectors")
-        texts = text_list(queries, "queries")
-        if len(matrix) != len(texts):
-            raise ValueError(f"{len(matrix)} query vectors but {len(texts)} query texts")
+        texts = paired_texts(queries, len(matrix))
         check_weights(weights)
         k = check_k(k)
         depth = max(k, max(50, 4 * k) if fetch_k is None else check_k(fetch_k, "fetch_k"))
@@ -220,8 +226,7 @@ class SearchableIndex:
         come back; scores are cosines to the query. `lambda_mult` 1 is nearness alone, 0 unlikeness alone.
         `num_tokens` as in `search_hybrid`.
         """
-        if not 0 <= lambda_mult <= 1:
-            raise ValueError(f"lambda_mult must be between 0 and 1, got {lambda_mult}")
+        check_lambda(lambda_mult)
         matrix = as_matrix(vectors, "query vectors")
         k = check_k(k)
         depth = max(k, max(20, 4 * k) if fetch_k is None else check_k(fetch_k, "fetch_k"))

@@ -8,7 +8,15 @@ from typing import Any, overload
 import numpy as np
 from numpy.typing import ArrayLike
 
-from autoregembed_indexes.arguments import check_k, check_weights, coarse_depth, id_list, text_list
+from autoregembed_indexes.arguments import (
+    check_k,
+    check_lambda,
+    check_weights,
+    coarse_depth,
+    id_list,
+    paired_texts,
+    text_list,
+)
 from autoregembed_indexes.errors import DocumentIndexError
 from autoregembed_indexes.lexical import MAX_WORDS
 from autoregembed_indexes.milvus.collection import MOST_HITS, Collection, Line, id_of, key_of
@@ -136,9 +144,7 @@ class SearchableCollection:
         Raises DocumentIndexError where the server cannot search by words.
         """
         matrix = as_matrix(vectors, "query vectors")
-        texts = text_list(queries, "queries")
-        if len(matrix) != len(texts):
-            raise ValueError(f"{len(matrix)} query vectors but {len(texts)} query texts")
+        texts = paired_texts(queries, len(matrix))
         check_weights(weights)
         k = _check_k(k)
         depth = max(
@@ -166,8 +172,7 @@ class SearchableCollection:
         num_tokens: int | None = None,
     ) -> list[list[Hit]]:
         """Choose k documents near each query and unlike each other, as `DocumentIndex.search_mmr` does."""
-        if not 0 <= lambda_mult <= 1:
-            raise ValueError(f"lambda_mult must be between 0 and 1, got {lambda_mult}")
+        check_lambda(lambda_mult)
         matrix = as_matrix(vectors, "query vectors")
         k = _check_k(k)
         depth = max(
