@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,6 +11,8 @@ from typer.core import TyperGroup
 from .cli_errors import errors_in_one_line
 
 if TYPE_CHECKING:
+    from autoregembed_indexes.places import AnyIndex
+
     from .sharding import Manifest
 
 OPTION = "--from-shards"
@@ -85,19 +85,13 @@ def _index(
     collection: str,
     token: str | None,
     factory: str,
-) -> AbstractContextManager[Any]:
+) -> AnyIndex:
     """The index to load into, made for the shards if it is not there."""
-    import autoregembed_indexes as indexes
+    from autoregembed_indexes.places import place_of
 
-    kind: Any = indexes.DocumentIndex
-    where: tuple[str | os.PathLike[str], ...] = (folder or "",)
-    credentials: dict[str, Any] = {}
-    if milvus is not None:
-        kind = indexes.MilvusDocumentIndex
-        where, credentials = (milvus, collection), {"token": token}
-    expected = {"dimension": manifest.dimension, "encoder": manifest.encoder}
-    if kind.exists(*where, **credentials):
-        opened: AbstractContextManager[Any] = kind.open(*where, **credentials, **expected)
-    else:
-        opened = kind.create(*where, **credentials, **expected, tokens=manifest.tokens, factory=factory)
-    return opened
+    on_server: dict[str, Any] = {} if milvus is None else {"collection_name": collection, "token": token}
+    kind, place = place_of(folder, milvus, **on_server)
+    expected: dict[str, Any] = {"dimension": manifest.dimension, "encoder": manifest.encoder}
+    if kind.exists(**place):
+        return kind.open(**place, **expected)
+    return kind.create(**place, **expected, tokens=manifest.tokens, factory=factory)
