@@ -1,44 +1,33 @@
 import asyncio
-import time
-from collections.abc import Awaitable, Callable
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 
 @pytest.fixture
-def ticks_while() -> Callable[[Awaitable[Any]], Awaitable[int]]:
-    """Await something and count how often the event loop ran another task meanwhile."""
+def beside_the_loop(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
+    """Make methods fail unless the event loop runs something else before they begin.
 
-    async def count(work: Awaitable[Any]) -> int:
-        ticks = 0
+    Returns a list that receives the name of each method as it is called.
+    """
 
-        async def heartbeat() -> None:
-            nonlocal ticks
-            while True:
-                await asyncio.sleep(0.005)
-                ticks += 1
+    def patch(owner: type, *names: str) -> list[str]:
+        loop, calls = asyncio.get_running_loop(), []
 
-        beating = asyncio.create_task(heartbeat())
-        await asyncio.sleep(0)
-        try:
-            await work
-        finally:
-            beating.cancel()
-        return ticks
+        def waits(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+            def call(*args: Any, **kwargs: Any) -> Any:
+                calls.append(name)
+                turn = threading.Event()
+                loop.call_soon_threadsafe(turn.set)
+                assert turn.wait(30), f"{name} blocks the event loop"
+                return method(*args, **kwargs)
 
-    return count
+            return call
 
+        for name in names:
+            monkeypatch.setattr(owner, name, waits(name, getattr(owner, name)))
+        return calls
 
-@pytest.fixture
-def slowly() -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Make a function hold its thread for 0.1 s before it runs."""
-
-    def wrap(function: Callable[..., Any]) -> Callable[..., Any]:
-        def slow(*args: Any, **kwargs: Any) -> Any:
-            time.sleep(0.1)
-            return function(*args, **kwargs)
-
-        return slow
-
-    return wrap
+    return patch
