@@ -1,8 +1,9 @@
-"""A real Milvus server for a session of tests, and indexes on it and on milvus-lite."""
+"""Real Milvus servers for a session of tests, and indexes on them and on milvus-lite."""
 
 import shutil
 import subprocess
 import uuid
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -22,16 +23,15 @@ def token():
         yield TOKEN
 
 
-@pytest.fixture(scope="session")
-def server(tmp_path_factory):
-    """The address of a server that wants a token."""
+@contextmanager
+def serving(script, folder):
+    """The address of a server that a script of this folder runs with the packages of .venv-milvus."""
     pytest.importorskip("pymilvus")
     if not PYTHON.exists():
-        pytest.skip("no .venv-milvus: `make test` makes it, with the Milvus server in it")
-    folder = tmp_path_factory.mktemp("milvus")
+        pytest.skip("no .venv-milvus: `make test` makes it, with the Milvus servers in it")
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(  # noqa: S603
-            [PYTHON, Path(__file__).with_name("serve.py"), folder / "data"],
+            [PYTHON, Path(__file__).with_name(script), folder / "data"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
@@ -49,6 +49,20 @@ def server(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def server(tmp_path_factory):
+    """The address of a server that wants a token."""
+    with serving("serve.py", tmp_path_factory.mktemp("milvus")) as uri:
+        yield uri
+
+
+@pytest.fixture(scope="session")
+def half(tmp_path_factory):
+    """The address of a server that stores float16 vectors, and cannot say its version."""
+    with serving("serve_half.py", tmp_path_factory.mktemp("half")) as uri:
+        yield uri
+
+
+@pytest.fixture(scope="session")
 def lite(tmp_path_factory):
     """The address of a milvus-lite file."""
     pytest.importorskip("milvus_lite")
@@ -57,7 +71,7 @@ def lite(tmp_path_factory):
 
 @pytest.fixture(scope="session", params=["server", "lite"])
 def uri(request):
-    """The address of the one, then of the other."""
+    """The address of each."""
     return request.getfixturevalue(request.param)
 
 

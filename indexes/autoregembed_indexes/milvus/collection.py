@@ -99,8 +99,7 @@ class Collection:
     @classmethod
     def make(cls, server: Server, name: str, state: State, dimension: int, *, strong: bool) -> "Collection":
         """Make it on the server, with all that the server can do, and open it."""
-        # milvus-lite counts its versions otherwise: there it is tried.
-        halves = [True, False] if server.has_half or server.is_lite else [False]
+        halves = [False] if server.has_half is False else [True, False]  # what is not known is tried
         for half in halves:
             try:
                 _create(server, name, state, dimension, half=half)

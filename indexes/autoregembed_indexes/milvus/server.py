@@ -45,20 +45,24 @@ class Server:
         given = os.environ.get(TOKEN_VARIABLE, "") if token is None else token
         with self.calls("connect"):
             self.client: Client = client(uri, token=given, timeout=CONNECT_SECONDS)
-            self.version_text = (
-                f"lite {version('milvus-lite')}"
-                if self.is_lite
-                else str(self.client.get_server_version(timeout=CONNECT_SECONDS))
-            )
+            self.version_text = f"lite {version('milvus-lite')}" if self.is_lite else self._ask_version()
 
     def close(self) -> None:
         """Let go of the connection, which pymilvus shares with others to the same server."""
         self.client.close()
 
+    def _ask_version(self) -> str:
+        try:
+            return str(self.client.get_server_version(timeout=CONNECT_SECONDS))
+        except Exception as error:
+            if _status(error)[0] != "UNIMPLEMENTED":
+                raise
+            return "of unknown version"  # milvus-lite 2 as a server of its own
+
     @property
-    def has_half(self) -> bool:
-        """Whether it says that it stores float16 vectors."""
-        return self._version >= (2, 4)
+    def has_half(self) -> bool | None:
+        """Whether it says that it stores float16 vectors; None: its version does not tell."""
+        return self._version >= (2, 4) if self._version else None
 
     @property
     def has_words(self) -> bool:
@@ -66,10 +70,10 @@ class Server:
         return self.is_lite or self._version >= (2, 5)
 
     @property
-    def _version(self) -> tuple[int, int]:
-        """As (2, 3); milvus-lite counts otherwise, and has none."""
+    def _version(self) -> tuple[int, ...]:
+        """As (2, 3); empty for milvus-lite, which counts otherwise, and for a server that cannot say its own."""
         found = re.match(r"v?(\d+)\.(\d+)", self.version_text)
-        return (int(found[1]), int(found[2])) if found and not self.is_lite else (0, 0)
+        return (int(found[1]), int(found[2])) if found else ()
 
     @contextmanager
     def calls(self, doing: str) -> Iterator[None]:
