@@ -79,8 +79,8 @@ def measure_encoding(folder: Path, rounds: int) -> dict[str, Any]:
 
 def measure_loading(folder: Path, rounds: int) -> dict[str, Any]:
     """Loading and adding, in turns."""
-    write_corpus(folder / "corpus.jsonl", 12_000, 40)
-    encode_shards(folder / "corpus.jsonl", folder / "shards", part_bytes=1 << 18)
+    write_corpus(folder / "corpus.jsonl", 60_000, 40)
+    encode_shards(folder / "corpus.jsonl", folder / "shards", part_bytes=4 << 20)
     batches = list(read_shards(folder / "shards"))
     ids = [one for batch in batches for one in batch.ids]
     texts = [one for batch in batches for one in batch.texts]

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from ..config import Pooling
     from ..encoder import AutoRegEncoder
 
+GROUP_BYTES = 16 << 20  # of rows that are written, and later read and added, together
+
 
 @dataclass(frozen=True)
 class Job:
@@ -120,6 +122,7 @@ class _Writer:
     def __init__(self, job: Job, part: Part) -> None:
         self._job, self._part = job, part
         self._rows = 0
+        self._waiting: list[Any] = []
         self._file: UnfinishedFile | None = None
         self._table: Any = None
 
@@ -135,27 +138,34 @@ class _Writer:
 
     def write(self, documents: list[Document], vectors: np.ndarray) -> None:
         arrow = needed("pyarrow")
-        if self._file is None:
-            self._begin()
         flat = arrow.array(vectors.astype(np.float16).ravel())
         texts = zip(zip(*documents, strict=True), _texts(), strict=True)
         columns = [arrow.array(column, kind) for column, kind in texts]
         columns.append(arrow.FixedSizeListArray.from_arrays(flat, self._job.dimension))
-        self._table.write_batch(arrow.record_batch(columns, schema=schema(self._job.dimension)))
+        self._waiting.append(arrow.record_batch(columns, schema=schema(self._job.dimension)))
         self._rows += len(documents)
+        if sum(batch.nbytes for batch in self._waiting) >= GROUP_BYTES:
+            self._write_group()
 
-    def finish(self, cut: int) -> Shard:
+    def _write_group(self) -> None:
         if self._file is None:
             self._begin()
-        assert self._file is not None  # noqa: S101
+        if self._waiting:
+            table = needed("pyarrow").Table.from_batches(self._waiting)
+            self._table.write_table(table, row_group_size=len(table))
+            self._waiting.clear()
+
+    def finish(self, cut: int) -> Shard:
         try:
+            self._write_group()
+            assert self._file is not None  # noqa: S101
             self._table.close()
             digest, number = self._file.sha256, self._part.number
             # Named by what it holds: should a part be encoded twice at once, neither writes over the other's file.
             name = f"part-{number:06}-{digest[:8]}.parquet"
             self._file.finish(name)
         finally:
-            self._file.discard()
+            self.discard()
         shard = Shard(number, name, self._rows, self._file.size, digest, self._job.encoder, cut)
         self._job.output.write_json(record_name(number), shard._asdict())
         return shard

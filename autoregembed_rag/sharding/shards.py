@@ -77,7 +77,7 @@ def read_shard(folder: Place, shard: Shard) -> Iterator[Batch]:
             columns = table.read_row_group(number).combine_chunks()
             ids, texts, metadatas = (columns[name].to_pylist() for name in ("id", "text", "metadata"))
             vectors = columns["vector"].combine_chunks().flatten().to_numpy().reshape(len(ids), -1)
-            yield Batch(ids, texts, [json.loads(metadata) for metadata in metadatas], vectors)
+            yield Batch(ids, texts, json.loads(f"[{','.join(metadatas)}]"), vectors)  # faster than one by one
 
 
 def check_repeats(folder: Place, manifest: Manifest) -> None:
