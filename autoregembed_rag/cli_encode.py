@@ -62,7 +62,7 @@ def encode(
         int | None,
         typer.Option(
             min=1,
-            help="Of each encoder on a cluster without GPUs. Default: up to 8, one left over on each machine.",
+            help="Of each encoder on a cluster without GPUs. Default: all of the smallest machine, at most 8.",
         ),
     ] = None,
     part_mb: Annotated[
@@ -82,7 +82,9 @@ def encode(
     """
     with errors_in_one_line(MemoryError, RuntimeError), notes_echoed("autoregembed_rag.sharding"):
         from .sharding import encode_shards
+        from .sharding.encoding import keep_few_shapes
 
+        keep_few_shapes()
         manifest = encode_shards(
             source,
             output,

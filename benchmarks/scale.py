@@ -5,9 +5,10 @@ one and of two machines on this one, each machine kept on a processor of its own
 """
 
 import json
-import multiprocessing
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -27,15 +28,15 @@ try:
     from benchmarks.measures import RATE, Measures, markdown, paired, spread
     from benchmarks.pydoc import load_pydoc
     from benchmarks.report import environment, print_table, write_json
-    from benchmarks.turns import memory, reset_peak
 except ImportError as error:
     raise ImportError(f'{error}; the benchmarks need: pip install -e ".[faiss,bench,scale]"') from error
 
 SHARDS, PLAIN = "in shards", "encode_documents"
 LOAD, ADD = "from_shards", "DocumentIndex.add"
 TWO, ONE = "two machines", "one machine"
+ALONE, DRIVER = "encoding itself", "a cluster's driver"
 CPU = "processor seconds"
-SIZES = (16_000, 64_000)  # short documents, for memory
+SIZES = (16_000, 64_000, 256_000)  # short documents, for memory
 HEADER = ["what", "measured", "ratio, by rounds"]
 READING = """Ratios are medians of the rounds, with the least and the most in brackets; above 1 the first is faster.
 Encoding: the same texts and weights; shards are read, checked, encoded, written and checked again. Processor seconds
@@ -104,28 +105,26 @@ def measure_loading(folder: Path, rounds: int) -> dict[str, Any]:
 
 
 def measure_memory(folder: Path) -> dict[str, Any]:
-    """The most that a process of its own takes while it encodes, beyond what it has with the model loaded."""
-    found = {}
+    """The most that a process of `autoregembed encode` takes, which encodes or has a cluster encode."""
+    found: dict[str, dict[str, int]] = {name: {} for name in (ALONE, DRIVER)}
     for count in SIZES:
-        write_corpus(folder / f"{count}.jsonl", count, 8)
-        context = multiprocessing.get_context("spawn")
-        ours, theirs = context.Pipe()
-        arguments = (folder / f"{count}.jsonl", folder / f"shards-{count}", theirs)
-        process = context.Process(target=_peak, args=arguments)
-        process.start()
-        found[str(count)] = ours.recv()
-        process.join()
-    return {"bytes beyond the model": found}
+        corpus = folder / f"{count}.jsonl"
+        write_corpus(corpus, count, 8)
+        found[ALONE][str(count)] = _peak(str(corpus), f"--output={folder}/alone-{count}")
+        with cluster(sorted(os.sched_getaffinity(0))[:2]) as address:
+            found[DRIVER][str(count)] = _peak(
+                str(corpus), f"--output={folder}/driver-{count}", f"--ray={address}", "--cpus=3"
+            )
+    return {"bytes": found}
 
 
-def _peak(source: Path, output: Path, pipe: Any) -> None:  # noqa: ANN401
-    cpu = torch.device("cpu")
-    encoder = AutoRegEncoder.from_pretrained("mini", device="cpu")
-    encoder.encode_documents(["warm"] * 8)
-    reset_peak(cpu)
-    before = memory(cpu, "now") or 0
-    encode_shards(source, output, model=encoder, part_bytes=1 << 18)
-    pipe.send((memory(cpu, "peak") or 0) - before)
+def _peak(*arguments: str) -> int:
+    command = Path(sys.executable).with_name("autoregembed")
+    process = subprocess.Popen([command, "encode", "--part-mb=1", *arguments])  # noqa: S603
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise RuntimeError(f"autoregembed encode {' '.join(arguments)} failed")
+    return usage.ru_maxrss << 10
 
 
 @contextmanager
@@ -154,14 +153,14 @@ def measure_machines(folder: Path, rounds: int) -> dict[str, Any] | None:
     processors = sorted(os.sched_getaffinity(0))[:2]
     if len(processors) < 2:
         return None
-    texts = write_corpus(folder / "corpus.jsonl", 8000)
+    texts = write_corpus(folder / "corpus.jsonl", 40_000)
     measures, out = Measures(), folder / "shards"
     for number in range(rounds):
         for system in (TWO, ONE)[:: 1 if number % 2 else -1]:
             used = processors if system == TWO else processors[:1]
             with cluster(used) as address:
                 start = time.perf_counter()
-                encode_shards(folder / "corpus.jsonl", out, ray=address, cpus=3, part_bytes=1 << 17)
+                encode_shards(folder / "corpus.jsonl", out, ray=address, cpus=3, part_bytes=1 << 19)
                 measures.put("all", RATE, system, len(texts) / (time.perf_counter() - start))
             files = sorted(out.glob("part-*.json"), key=lambda file: file.stat().st_mtime)
             rows = sum(json.loads(file.read_text())["rows"] for file in files[len(used) :])
@@ -185,10 +184,10 @@ def rows_of(record: dict[str, Any]) -> list[list[str]]:
             what = f"{name}, {first} and {second}: {measure}"
             rows.append([what, shown.format(*values), spread(paired(found, first, second), "x")])
     if "memory" in record:
-        found = record["memory"]["bytes beyond the model"]
-        sizes = [f"{int(count):,} documents {human_bytes(size)}" for count, size in found.items()]
-        least, most = found.values()
-        rows.append(["memory beyond the model", ", ".join(sizes), f"{most / least:.2f}x"])
+        for name, found in record["memory"]["bytes"].items():
+            sizes = [f"{int(count):,} documents {human_bytes(size)}" for count, size in found.items()]
+            least, *_, most = found.values()
+            rows.append([f"memory, {name}", ", ".join(sizes), f"{most / least:.2f}x"])
     return rows
 
 

@@ -86,7 +86,7 @@ class Driver:
         room, number = self._room(loading.device, request["cpus"])
         folder, output, *rest = request["job"]
         job, parts = Job(Place(folder), Place(output), *rest), request["parts"]
-        pool = self._ray.data.ActorPoolStrategy(size=min(number, len(parts)), max_tasks_in_flight_per_actor=1)
+        pool = self._ray.data.ActorPoolStrategy(size=min(number, len(parts)), max_tasks_in_flight_per_actor=2)
         rows = self._dataset(parts).map_batches(
             PartEncoder,
             fn_constructor_args=(job, loading, room.cpus),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,6 +21,16 @@ if TYPE_CHECKING:
     from ..encoder import AutoRegEncoder
 
 GROUP_BYTES = 16 << 20  # of rows that are written, and later read and added, together
+
+# How many shapes of a product PyTorch on a CPU remembers what it has prepared for. Its 1,024 take half a gigabyte, and
+# where passes are made of texts of like length few shapes come twice.
+KEPT_SHAPES = {"LRU_CACHE_CAPACITY": "16", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16"}
+
+
+def keep_few_shapes() -> None:
+    """Keep memory flat in a process that only encodes in bulk; to be called before PyTorch is imported."""
+    for name, number in KEPT_SHAPES.items():
+        os.environ.setdefault(name, number)
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ class Batch(NamedTuple):
 
 
 def read_shards(folder: str | os.PathLike[str]) -> Iterator[Batch]:
-    """The documents of a finished folder of shards, in the order of the input, up to a few thousand at a time.
+    """The documents of a finished folder of shards, in the order of the input, about 16 MiB at a time.
 
     Raises:
         FileNotFoundError: there is no folder of shards.

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from .checking import check_part
-from .encoding import Job, Loading, encode_parts
+from .encoding import Job, Loading, encode_parts, keep_few_shapes
 from .files import Info, Place
 from .manifest import MANIFEST, record_name
 from .source import Part
@@ -42,6 +42,7 @@ class PartEncoder:
         return json.dumps(shard._asdict())
 
     def _loaded(self) -> AutoRegEncoder:
+        keep_few_shapes()
         import torch
 
         output = self._job.output

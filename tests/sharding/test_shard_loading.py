@@ -1,6 +1,7 @@
 """Shards into an index: the same as adding, or an error before anything is added."""
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -13,7 +14,7 @@ from typer.testing import CliRunner
 from autoregembed_indexes import DocumentIndex
 from autoregembed_rag.cli import app
 from autoregembed_rag.pooling import truncate
-from autoregembed_rag.sharding import from_shards, read_shards
+from autoregembed_rag.sharding import encoding, from_shards, read_shards
 
 
 @pytest.fixture(scope="module")
@@ -174,11 +175,12 @@ def test_shards_of_another_encoder_are_refused(shards, run, corpus, encoder, tmp
     assert result.stderr.startswith("error: ")
 
 
-def test_batches_are_bounded_whatever_a_part_holds(run, encoder, tmp_path):
+def test_batches_are_bounded_whatever_a_part_holds(run, encoder, tmp_path, monkeypatch):
+    monkeypatch.setattr(encoding, "GROUP_BYTES", 1 << 20)
     run(write_lines(tmp_path / "corpus.jsonl", make_documents(5000, 5)), tmp_path / "shards")
-    sizes = [len(batch.ids) for batch in read_shards(tmp_path / "shards")]
-    assert sum(sizes) == 5000
-    assert max(sizes) <= 2048
+    sizes = [batch.vectors.nbytes for batch in read_shards(tmp_path / "shards")]
+    assert len(sizes) > 1 and sum(sizes) == 5000 * 2 * encoder.dimension
+    assert max(sizes) < 2 << 20
 
 
 def test_the_page_on_shards_shows_what_happens(corpus, tmp_path, monkeypatch, capsys):
@@ -188,3 +190,14 @@ def test_the_page_on_shards_shows_what_happens(corpus, tmp_path, monkeypatch, ca
     (snippet,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
     exec(compile(snippet, "sharding.md", "exec"), {})  # noqa: S102
     assert capsys.readouterr().out.splitlines()[-1] == "200 (200, 640)"
+
+
+def test_the_command_has_pytorch_keep_few_shapes_unless_told(corpus, tiny_checkpoint, tmp_path, monkeypatch):
+    name, *others = encoding.KEPT_SHAPES
+    monkeypatch.setenv(name, "99")
+    for other in others:
+        monkeypatch.setenv(other, "")  # so that it is gone again at the end
+        monkeypatch.delenv(other)
+    result = command("encode", corpus, "--output", tmp_path / "shards", "--model", tiny_checkpoint)
+    assert result.exit_code == 0
+    assert {key: os.environ[key] for key in encoding.KEPT_SHAPES} == {**encoding.KEPT_SHAPES, name: "99"}
