@@ -43,7 +43,8 @@ Encoding: the same texts and weights; shards are read, checked, encoded, written
 are those of all threads, which others' work on the machine changes less. Loading: the same documents, from shards with
 all checks, and from memory in batches of 2048, into new indexes on disk. Machines: Ray's, on this computer, each pinned
 to one processor; "all" is the whole command, with the start of Ray's processes and of the encoders, "once all are at
-work" counts from when each machine has finished a part."""
+work" counts from when each machine has finished a part. Memory: the largest process of `autoregembed encode`, model and
+libraries included; the ratio is of the largest corpus to the smallest."""
 
 app = typer.Typer(add_completion=False)
 
@@ -119,12 +120,14 @@ def measure_memory(folder: Path) -> dict[str, Any]:
 
 
 def _peak(*arguments: str) -> int:
-    command = Path(sys.executable).with_name("autoregembed")
-    process = subprocess.Popen([command, "encode", "--part-mb=1", *arguments])  # noqa: S603
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise RuntimeError(f"autoregembed encode {' '.join(arguments)} failed")
-    return usage.ru_maxrss << 10
+    # By a small process, since Linux counts what a process was forked from as its own.
+    watch = (
+        "import os, subprocess, sys; process = subprocess.Popen(sys.argv[1:], stdout=sys.stderr); "
+        "_, status, usage = os.wait4(process.pid, 0); print(usage.ru_maxrss); sys.exit(status != 0)"
+    )
+    command = [Path(sys.executable).with_name("autoregembed"), "encode", "--part-mb=1", *arguments]
+    done = subprocess.run([sys.executable, "-c", watch, *command], check=True, stdout=subprocess.PIPE)  # noqa: S603
+    return int(done.stdout) << 10
 
 
 @contextmanager
@@ -220,14 +223,15 @@ def main(
         before = os.getloadavg()[0]
         with tempfile.TemporaryDirectory() as folder:
             if (found := parts[name](Path(folder))) is not None:
-                record[name] = {**found, "load before": before}
-    record |= {"rounds": rounds, "threads": torch.get_num_threads(), **environment()}
+                record[name] = {**found, "load before": before, "command": environment()["command"]}
+    record |= {"threads": torch.get_num_threads(), **environment()}
     rows = rows_of(record)
     print_table(HEADER, rows)
     write_json(file, record)
     versions = ", ".join(f"{name} {found}" for name, found in record["versions"].items())
-    head = f"mini, {rounds} rounds on {record['cpu']}, {record['threads']} threads. {READING}\n\n"
-    foot = f"\n`{record['command']}`; Python {record['python']}, {versions}\n"
+    commands = dict.fromkeys(record[name]["command"] for name in parts if name in record)
+    head = f"mini on {record['cpu']}, {record['threads']} threads. {READING}\n\n"
+    foot = f"\n{', '.join(f'`{command}`' for command in commands)}; Python {record['python']}, {versions}\n"
     (out / "table.md").write_text(head + markdown(HEADER, rows) + foot, encoding="utf-8")
     print(f"written: {file}, {out / 'table.md'}")
 
