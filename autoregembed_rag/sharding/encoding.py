@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 GROUP_BYTES = 16 << 20  # of rows that are written, and later read and added, together
 
-# How many shapes of a product PyTorch on a CPU remembers what it has prepared for. Its 1,024 take half a gigabyte, and
+# How many shapes of a product PyTorch on a CPU remembers what it has prepared for. Its 1,024 take hundreds of MB, and
 # where passes are made of texts of like length few shapes come twice.
 KEPT_SHAPES = {"LRU_CACHE_CAPACITY": "16", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16"}
 
