@@ -150,9 +150,9 @@ def test_words_longer_than_the_start_of_a_text_allows_for_are_not_cut_in_two():
 @pytest.mark.parametrize("unit", ["a", " ", "The quick brown fox. ", "\ud800", "</s>"])
 def test_ten_megabytes_take_no_longer_than_their_start(encoder: AutoRegEncoder, unit):
     text = unit * (10_000_000 // len(unit))
-    started = time.perf_counter()
+    started = time.process_time()
     vectors = encoder.encode_documents([text])
-    assert time.perf_counter() - started < 2
+    assert time.process_time() - started < 2  # not the clock, which others move
     assert abs((vectors**2).sum() - 1) < 1e-5
 
 
